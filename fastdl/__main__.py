@@ -1,0 +1,5 @@
+"""``python -m fastdl``."""
+
+from fastdl.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,235 @@
+"""Programs of a model: training steps, loops of the user's own, prediction, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdl.executor import Executor, Memory, bind
+from fastdl.fuse import fuse
+from fastdl.layers.base import Layer
+from fastdl.losses import Loss
+from fastdl.optimizers import Optimizer
+from fastdl.parameters import Arena, Segment, aligned
+from fastdl.program import Buffer, Call, Program
+from fastdl.trace import Trace
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a step's rows come from.
+
+    ``rows`` of a data set are gathered by the epoch's permutation when it is positive; 0 means that the caller hands over
+    one batch at a time. ``labels``: targets are class numbers (N,), not values (N, O).
+    """
+
+    rows: int = 0
+    shuffle: bool = True
+    weighted: bool = False
+    labels: bool = False
+
+
+@dataclass
+class Bound:
+    """An executor with the buffers that its user needs to know."""
+
+    executor: Executor
+    x: Buffer  # slot
+    y: Buffer  # output of the last layer
+    targets: Buffer | None = None  # slot
+    weight: Buffer | None = None  # slot
+    dy: Buffer | None = None  # slot
+    dx: Buffer | None = None
+
+
+class Builder:
+    """Traces a model's layers into Programs and keeps its memory.
+
+    Parameters
+    ----------
+    layers : list of (name, Layer)
+    width : int
+        Features of the input.
+    seed : int
+    dtype : dtype
+    """
+
+    def __init__(self, layers: list[tuple[str, Layer]], width: int, seed: int, dtype: Any) -> None:
+        self.layers, self.width, self.seed, self.dtype = layers, width, seed, np.dtype(dtype)
+        self.segments: dict[str, Segment] = {}
+        self.states: dict[str, Segment] = {}
+        trace = Trace(True, seed, self.segments, self.states)
+        self.outputs = [b.shape[0] for b in self._walk(trace, trace.batch("x", width))]
+
+    @property
+    def out_width(self) -> int:
+        return self.outputs[-1] if self.outputs else self.width
+
+    def _walk(self, trace: Trace, x: Buffer) -> list[Buffer]:
+        """Trace every layer; the output of each."""
+        outputs = []
+        for name, layer in self.layers:
+            x = layer.trace(trace, x, name)
+            outputs.append(x)
+        return outputs
+
+    # ------------------------------------------------------------------ memory
+    def memory(self, panel_layout: bool, optimizer: Optimizer | None) -> tuple[Memory, dict[str, np.ndarray]]:
+        """Arenas for this model: parameters and states, zero gradients, zero optimiser states."""
+        parameters = Arena(list(self.segments.values()), self.dtype, panel_layout)
+        states = Arena(list(self.states.values()), self.dtype, panel_layout)
+        memory = Memory(parameters, aligned(parameters.size, self.dtype), states, self.dtype, panel_layout, {})
+        moments = {name: aligned(parameters.size, self.dtype) for name in (optimizer.states if optimizer else ())}
+        return memory, moments
+
+    # ------------------------------------------------------------------ programs
+    def _trace(self, training: bool) -> tuple[Trace, Buffer, Buffer]:
+        trace = Trace(training, self.seed, self.segments, self.states)
+        x = trace.batch("x", self.width)
+        outputs = self._walk(trace, x)
+        return trace, x, outputs[-1] if outputs else x
+
+    def _feed(self, x: Buffer, feed: Feed, loss: Loss | None) -> tuple[list[Call], dict[str, Buffer | None]]:
+        """Calls that bring a batch in, and the buffers: x, targets, weight (slots) and those that the loss reads."""
+        whole = feed.rows > 0
+        source = Buffer("X", (feed.rows, self.width) if whole else (self.width,), "slot")
+        found: dict[str, Buffer | None] = {"x": source, "targets": None, "weight": None, "weight_slot": None}
+        calls: list[Call] = []
+        width, kind = ((), "i8") if feed.labels else ((self.out_width,), "T")
+        if not whole:
+            calls.append(Call("identity_forward", {"x": source, "y": x}, {}, "feed"))
+            if loss is not None:
+                found["targets"] = found["target_slot"] = Buffer("targets", width, "slot", kind)
+                if feed.weighted:
+                    found["weight"] = found["weight_slot"] = Buffer("weight", (), "slot")
+            return calls, found
+        index = Buffer("index", (), "batch", "i8")
+        params = {"n": feed.rows, "seed": self.seed, "shuffle": int(feed.shuffle)}
+        calls.append(Call("epoch_indices", {"index": index}, params, "feed"))
+        calls.append(Call("gather_rows", {"source": source, "index": index, "out": x}, {}, "feed"))
+        found["target_slot"] = Buffer("Y", (feed.rows, *width), "slot", kind)
+        found["targets"] = Buffer("targets", width, "batch", kind)
+        op = "gather_labels" if feed.labels else "gather_rows"
+        calls.append(Call(op, {"source": found["target_slot"], "index": index, "out": found["targets"]}, {}, "feed"))
+        if feed.weighted:
+            found["weight_slot"] = Buffer("sample_weight", (feed.rows,), "slot")
+            found["weight"] = Buffer("weight", (), "batch")
+            buffers = {"source": found["weight_slot"], "index": index, "out": found["weight"]}
+            calls.append(Call("gather_values", buffers, {}, "feed"))
+        return calls, found
+
+    def _loss(self, loss: Loss, z: Buffer, fed: dict[str, Buffer | None], dz: Buffer | None) -> Call:
+        stats = Buffer("loss", (3,), "cell", "f8")
+        buffers = {"z": z, "targets": fed["targets"], "weight": fed["weight"], "stats": stats, "dz": dz}
+        soft = loss.onehot_op is not None and fed["targets"].dtype == "T"
+        return Call(loss.onehot_op if soft else loss.op, buffers, {}, "loss")
+
+    def _update(self, optimizer: Optimizer, memory: Memory, moments: dict[str, np.ndarray]) -> list[Call]:
+        """One sweep per group of settings over the flat arenas, clipped by the global norm if asked for."""
+        arena = memory.parameters
+        calls, scale = [], None
+
+        def flat(name: str, values: np.ndarray, first: int, last: int) -> Buffer:
+            buffer = Buffer(name, (last - first,), "flat")
+            memory.flats[buffer] = values[first:last]
+            return buffer
+
+        if optimizer.clip_norm is not None:
+            total, scale = Buffer("squared norm", (1,), "cell", "f8"), Buffer("clip scale", (1,), "cell", "f8")
+            g = flat("gradients", memory.gradients, 0, arena.size)
+            calls.append(Call("squared_norm", {"g": g, "total": total}, {}, "update"))
+            params = {"max_norm": float(optimizer.clip_norm)}
+            calls.append(Call("clip_scale", {"total": total, "scale": scale}, params, "update"))
+        for group, first, last in (("kernels", 0, arena.group_end), ("vectors", arena.group_end, arena.size)):
+            if first == last:
+                continue
+            params = dict(optimizer.params())
+            if group == "vectors":  # no decay on biases, batch normalisation and slopes
+                params |= {"l2": 0.0, "weight_decay": 0.0}
+            buffers = {
+                "w": flat(f"{group}", arena.values, first, last),
+                "g": flat(f"d {group}", memory.gradients, first, last),
+                "scale": scale,
+                **{name: flat(f"{name} {group}", values, first, last) for name, values in moments.items()},
+            }
+            calls.append(Call(optimizer.op, buffers, params, "update"))
+        return calls
+
+    def train(
+        self,
+        rows: int,
+        feed: Feed,
+        loss: Loss,
+        optimizer: Optimizer,
+        memory: Memory,
+        moments: dict[str, np.ndarray],
+        fused: bool = True,
+    ) -> tuple[Program, dict[str, Any]]:
+        """Feed, forward, loss, backward, update: a whole training step."""
+        trace, x, y = self._trace(True)
+        calls, fed = self._feed(x, feed, loss)
+        calls += trace.calls
+        calls.append(self._loss(loss, y, fed, trace.gradient_of(y)))
+        trace.calls = []
+        trace.backward(y, x)
+        calls += trace.calls + self._update(optimizer, memory, moments)
+        return self._program("training", rows, calls, memory, fused), {**fed, "y": y}
+
+    def loop(
+        self,
+        rows: int,
+        optimizer: Optimizer | None,
+        memory: Memory,
+        moments: dict[str, np.ndarray],
+        training: bool,
+        fused: bool = True,
+    ) -> tuple[Program, dict[str, Any]]:
+        """Forward, and with ``training`` backward to the input and update, for loops of the user's own."""
+        trace, x, y = self._trace(training)
+        calls, fed = self._feed(x, Feed(), None)
+        calls += trace.calls
+        found: dict[str, Any] = {**fed, "y": y, "dy": None, "dx": None}
+        if training:
+            found["dy"] = Buffer("dY", (self.out_width,), "slot")
+            dy = trace.gradient_of(y)
+            calls.append(Call("identity_forward", {"x": found["dy"], "y": dy}, {}, "backward"))
+            trace.calls = []
+            trace.backward(y, None)
+            calls += trace.calls
+            found["dx"] = trace.gradient_of(x)
+            if optimizer is not None:
+                calls += self._update(optimizer, memory, moments)
+        return self._program("loop" if training else "predict", rows, calls, memory, fused), found
+
+    def evaluate(
+        self, rows: int, feed: Feed, loss: Loss, memory: Memory, fused: bool = True
+    ) -> tuple[Program, dict[str, Any]]:
+        """Forward with running statistics, and the loss without its gradient."""
+        trace, x, y = self._trace(False)
+        calls, fed = self._feed(x, feed, loss)
+        calls += trace.calls
+        calls.append(self._loss(loss, y, fed, None))
+        return self._program("evaluate", rows, calls, memory, fused), {**fed, "y": y}
+
+    def _program(self, name: str, rows: int, calls: list[Call], memory: Memory, fused: bool) -> Program:
+        program = Program(name, rows, calls, self.dtype.itemsize)
+        return fuse(program, memory.panel_layout) if fused else program
+
+    def bound(
+        self, made: tuple[Program, dict[str, Any]], memory: Memory, backend: str, threads: int
+    ) -> Bound:
+        """Bind a Program that this builder made."""
+        program, found = made
+        keep = [b for b in (found["y"], found.get("dx")) if b is not None]
+        executor = bind(program, memory, backend, threads, keep)
+        return Bound(
+            executor,
+            found["x"],
+            found["y"],
+            found.get("target_slot"),
+            found.get("weight_slot"),
+            found.get("dy"),
+            found.get("dx"),
+        )

@@ -1,0 +1,121 @@
+"""Model files: safetensors, with a description of the net as JSON in the header's metadata.
+
+A file is replaced in one step: it is written under another name in the same folder, flushed to the disk, and renamed.
+A crash leaves the old file or the new one, never a half. Nothing is pickled, so reading a file runs no code of its
+author.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastdl.errors import ModelFileError
+
+#: Raised when a file of today could no longer be read as it was meant.
+VERSION = 1
+KEY = "fastdl"
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the values in the order of their names, row by row, little-endian."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        values = np.asarray(tensors[name])
+        sha.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+    return sha.hexdigest()
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
+    """Write a model file.
+
+    Parameters
+    ----------
+    path : path
+        A symbolic link is followed: the file that it points to is replaced.
+    tensors : mapping name -> array
+    description : mapping
+        Whatever rebuilds the net; it must survive a round trip through JSON.
+    """
+    import safetensors.numpy
+
+    header = {"version": VERSION, "sha256": digest(tensors), "description": description}
+    # safetensors copies the memory as it lies, so every array must be dense and in row order
+    dense = {name: np.require(value, requirements="C") for name, value in tensors.items()}
+    data = safetensors.numpy.save(dense, {KEY: json.dumps(header, allow_nan=False)})
+
+    target = pathlib.Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        # "x": the usual permissions of a new file, which tempfile would narrow to the owner
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Make the rename itself durable. Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a model file.
+
+    Returns
+    -------
+    tensors : dict name -> array
+    description : dict
+
+    Raises
+    ------
+    ModelFileError
+        The file is truncated, damaged, not a model of fastdl, or of another version.
+    OSError
+        The file cannot be opened.
+    """
+    import safetensors
+    import safetensors.numpy
+
+    name = os.fspath(path)
+    with open(path, "rb"):  # a missing file is no broken one
+        pass
+    try:
+        with safetensors.safe_open(name, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: np.array(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(f"{name}: not a safetensors file, or a truncated one ({error})") from None
+    if KEY not in metadata:
+        raise ModelFileError(
+            f"{name}: a safetensors file, but not a model saved by fastdl (no {KEY!r} in its metadata)"
+        )
+    try:
+        header = json.loads(metadata[KEY])
+        version, expected, description = header["version"], header["sha256"], header["description"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{name}: the description of the net cannot be read ({error})") from None
+    if version != VERSION:
+        raise ModelFileError(f"{name}: file version {version}, this fastdl reads version {VERSION}")
+    if digest(tensors) != expected:
+        raise ModelFileError(f"{name}: the weights do not match their checksum: the file is damaged")
+    return tensors, description

@@ -1,0 +1,19 @@
+"""Errors that a caller may want to tell apart; each is also the built-in error that fits."""
+
+from __future__ import annotations
+
+
+class FastdlError(Exception):
+    """Base of fastdl's own errors."""
+
+
+class BackendUnavailable(FastdlError, RuntimeError):
+    """A back end was asked for that cannot run here; the message says why."""
+
+
+class ModelFileError(FastdlError, ValueError):
+    """A model file is truncated, damaged, foreign, or of another version."""
+
+
+class DataError(FastdlError, ValueError):
+    """A data file cannot be used as it stands; the message names the row and the column."""

@@ -1,0 +1,159 @@
+"""Fusion: a small rewrite on the call list. Each rule is one function from Program to Program.
+
+========================  ==========================================================================================
+rule                      what it does
+========================  ==========================================================================================
+batchnorm_chain           batchnorm, activation, dropout -> one batchnorm call, forward and backward
+dense_activation          dense, activation -> one dense call with the activation as its epilogue
+tails                     a column-local call after a dense product runs on each finished panel of it, in cache
+                          (back ends that work on panels)
+========================  ==========================================================================================
+
+A fused Program computes what the plain one does: masks bit for bit, floats within the ops' tolerances (tested).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastdl.kernels.activations.reference import ACTIVATIONS
+from fastdl.program import Buffer, Call, Program
+
+FORWARD, BACKWARD = "_forward", "_backward"
+
+
+def fuse(program: Program, panels: bool) -> Program:
+    """Apply every rule that the back end can run."""
+    program = dense_activation(batchnorm_chain(program))
+    return tails(program) if panels else program
+
+
+def _activation(call: Call) -> str | None:
+    """Name of the element-wise activation that a forward call computes."""
+    name = call.op.removesuffix(FORWARD)
+    return name if call.op.endswith(FORWARD) and name in ACTIVATIONS and not ACTIVATIONS[name].row_op else None
+
+
+def _only_reader(program: Program, buffer: Buffer, phase: str) -> Call | None:
+    """The call that reads a buffer in a phase, when it is the only one."""
+    readers = [c for c in program.readers(buffer) if c.phase == phase]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _backward_of(program: Program, call: Call) -> Call | None:
+    """The element-wise backward call that belongs to a forward call."""
+    x = call.buffers["x"]
+    op = call.op.removesuffix(FORWARD) + BACKWARD
+    for candidate in program.calls:
+        if candidate.op == op and any(b.name == f"d {x.name}" for b in candidate.writes):
+            return candidate
+    return None
+
+
+def _substitute(program: Program, swaps: dict[Call, Call | None]) -> Program:
+    calls = [swaps.get(c, c) for c in program.calls]
+    return program.replaced([c for c in calls if c is not None])
+
+
+# ---------------------------------------------------------------------------------------------- batchnorm chain
+def batchnorm_chain(program: Program) -> Program:
+    """Absorb the activation and the dropout after each batch normalisation."""
+    for norm in [c for c in program.calls if c.op in ("batchnorm_forward", "batchnorm_inference")]:
+        absorbed: list[Call] = []
+        params, slope, y = dict(norm.params), None, norm.buffers["y"]
+        after = _only_reader(program, y, "forward")
+        if after is not None and (name := _activation(after)):
+            absorbed.append(after)
+            params |= {"activation": name, **after.params}
+            slope, y = after.buffers.get("slope"), after.buffers["y"]
+            after = _only_reader(program, y, "forward")
+        if after is not None and after.op == "dropout_forward" and norm.op == "batchnorm_forward":
+            absorbed.append(after)
+            params |= after.params
+            y = after.buffers["y"]
+        if absorbed:
+            program = _absorb(program, norm, absorbed, params, slope, y)
+    return program
+
+
+def _absorb(
+    program: Program, norm: Call, absorbed: list[Call], params: dict, slope: Buffer | None, y: Buffer
+) -> Program:
+    swaps: dict[Call, Call | None] = dict.fromkeys(absorbed)
+    swaps[norm] = replace(norm, buffers={**norm.buffers, "y": y, "slope": slope}, params=params)
+    backward = next((c for c in program.calls if c.op == "batchnorm_backward" and c.buffers["x"] is norm.buffers["x"]), None)
+    if backward is not None:
+        chain = [_backward_of(program, c) for c in absorbed]
+        if None in chain:
+            return program
+        swaps.update(dict.fromkeys(chain))
+        buffers = {**backward.buffers, "dy": chain[-1].buffers["dy"], "slope": slope}
+        buffers["dslope"] = next((c.buffers["dslope"] for c in chain if c.buffers.get("dslope")), None)
+        names = {p.name for p in backward.spec.params}
+        swaps[backward] = replace(
+            backward, buffers=buffers, params={k: v for k, v in params.items() if k in names} | backward.params
+        )
+    return _substitute(program, swaps)
+
+
+# ---------------------------------------------------------------------------------------------- dense + activation
+def dense_activation(program: Program) -> Program:
+    """Let the dense product apply the activation; the pre-activation is stored only where backward reads it."""
+    for dense in [c for c in program.calls if c.op == "dense_forward"]:
+        after = _only_reader(program, dense.buffers["y"], "forward")
+        name = _activation(after) if after is not None else None
+        if name in (None, "identity", "prelu") or dense.params.get("activation", "identity") != "identity":
+            continue
+        z = dense.buffers["y"]
+        keep = any(z in c.reads for c in program.calls if c is not after)
+        fused = replace(
+            dense,
+            buffers={**dense.buffers, "y": after.buffers["y"], "z": z if keep else None},
+            params={**dense.params, "activation": name, **after.params},
+        )
+        program = _substitute(program, {dense: fused, after: None})
+    return program
+
+
+# ---------------------------------------------------------------------------------------------- tails
+#: Dense products that finish whole output panels.
+HEADS = ("dense_forward", "dense_backward_input")
+
+
+def tails(program: Program) -> Program:
+    """Chain column-local calls to the dense product before them.
+
+    Backward, the product that gives dX and the weight gradient of the same layer are independent; the first runs first, so
+    that its tail follows it directly.
+    """
+    calls = _inputs_first(list(program.calls))
+    out: list[Call] = []
+    produced: set[Buffer] = set()  # buffers finished panel by panel in the current chain
+    for call in calls:
+        head = call.op in HEADS
+        local = call.spec.column_local and not head
+        batch = [b for b in call.reads if b.kind == "batch"]
+        joins = local and produced and any(b in produced for b in batch) and out[-1].phase == call.phase
+        fresh = [b for b in batch if b not in produced and any(b in c.writes for c in out[-len(produced) :])]
+        if joins and not fresh:
+            out.append(replace(call, tail=True))
+            produced |= set(call.writes)
+        else:
+            out.append(call)
+            produced = set(call.writes) if head else set()
+    return program.replaced(out)
+
+
+def _inputs_first(calls: list[Call]) -> list[Call]:
+    """Move each weight-gradient call behind the column-local calls that follow its layer's dX."""
+    out = list(calls)
+    k = 0
+    while k < len(out):
+        if out[k].op == "dense_backward_weights":
+            j = k
+            while j + 1 < len(out) and out[j + 1].spec.column_local and out[j + 1].phase == "backward":
+                out[j], out[j + 1] = out[j + 1], out[j]
+                j += 1
+            k = max(j, k)
+        k += 1
+    return out

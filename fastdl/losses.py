@@ -1,0 +1,171 @@
+"""Losses: which op computes them, what targets they take, and the check of those targets.
+
+>>> get("softmax_cross_entropy").check_targets([2, 0], n_outputs=3)
+array([2, 0])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss.
+
+    Parameters
+    ----------
+    name : str
+        Public name, as in ``compile(loss="mse")``.
+    op : str
+        Op of ``fastdl.kernels`` for ``target_kind`` targets.
+    target_kind : {"labels", "values"}
+        Labels are int64 (N,), values float (N, O).
+    onehot_op : str, optional
+        Op for float targets (N, O) of a loss on labels: one distribution over the classes per row.
+    metric : str, optional
+        Name of what ``stats[2] / stats[1]`` measures in an unweighted batch.
+    unit : bool
+        Values must lie in [0, 1].
+    """
+
+    name: str
+    op: str
+    target_kind: str
+    onehot_op: str | None = None
+    metric: str | None = None
+    unit: bool = False
+
+    def op_for(self, targets: np.ndarray) -> str:
+        """The op for targets that `check_targets` gave back."""
+        return self.onehot_op if self.onehot_op is not None and targets.dtype.kind == "f" else self.op
+
+    def check_targets(self, y: npt.ArrayLike, n_outputs: int, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
+        """Targets as the op takes them: contiguous, int64 labels (N,) or values (N, n_outputs) of ``dtype``.
+
+        Parameters
+        ----------
+        y : array_like
+            Labels: whole numbers in [0, n_outputs), shape (N,), or distributions over the classes, (N, n_outputs).
+            Values: shape (N, n_outputs), or (N,) when there is one output.
+        n_outputs : int
+            Columns of the network's output.
+        dtype : dtype
+            Float type of values and distributions.
+
+        Raises
+        ------
+        TypeError
+            Objects, strings, complex numbers, ragged lists.
+        ValueError
+            Wrong rank or shape, no rows, NaN or infinite targets, labels that are negative, too large or not integers,
+            values outside [0, 1] where the loss needs them there.
+        """
+        y = self._numeric(y)
+        if y.ndim and len(y) == 0:
+            raise ValueError(
+                f"{self.name}: expected at least one target, found shape {y.shape}; pass a batch with rows"
+            )
+        if self.target_kind == "labels" and y.ndim == 1:
+            return self._labels(y, n_outputs)
+        if self.target_kind == "values" and y.ndim == 1 and n_outputs == 1:
+            y = y[:, None]
+        if y.ndim != 2 or y.shape[1] != n_outputs:
+            raise ValueError(self._wrong_shape(y, n_outputs))
+        return self._values(y, np.dtype(dtype))
+
+    def _numeric(self, y: npt.ArrayLike) -> np.ndarray:
+        try:
+            y = np.asarray(y)
+        except ValueError as error:  # a ragged list
+            raise TypeError(f"{self.name}: expected an array of numbers as targets, found {error}") from None
+        if y.dtype.kind in "biuf":
+            return y
+        advice = (
+            "number the classes with `classes, y = np.unique(y, return_inverse=True)`"
+            if self.target_kind == "labels"
+            else "convert with y.astype(float)"
+        )
+        raise TypeError(f"{self.name}: expected numbers as targets, found dtype {y.dtype}; {advice}")
+
+    def _wrong_shape(self, y: np.ndarray, n_outputs: int) -> str:
+        if self.target_kind == "labels":
+            expected = f"labels of shape (N,) or distributions of shape (N, {n_outputs})"
+            advice = (
+                "y.ravel() makes labels of one column" if y.ndim == 2 and y.shape[1] == 1 else "check the last layer"
+            )
+        else:
+            expected = f"targets of shape (N, {n_outputs})" + (" or (N,)" if n_outputs == 1 else "")
+            advice = "give the last layer one output per target column"
+        return f"{self.name}: expected {expected}, found shape {y.shape}; {advice}"
+
+    def _labels(self, y: np.ndarray, n_outputs: int) -> np.ndarray:
+        if y.dtype.kind == "f":
+            whole = np.isfinite(y)
+            if not whole.all():
+                row = int(np.argmin(whole))
+                raise ValueError(
+                    f"{self.name}: expected labels, found {y[row]} in row {row}; drop rows without a label"
+                )
+            whole = y == np.floor(y)
+            if not whole.all():
+                row = int(np.argmin(whole))
+                raise ValueError(
+                    f"{self.name}: expected integer labels, found {y[row]} in row {row}; "
+                    "round them, or use loss='mse' for real targets"
+                )
+        low, high = y.min(), y.max()
+        if low < 0 or high >= n_outputs:
+            bad = low if low < 0 else high
+            row = int(np.flatnonzero(y == bad)[0])
+            advice = (
+                f"the last layer needs {int(high) + 1} outputs, or number the classes from 0"
+                if low >= 0
+                else "number the classes from 0"
+            )
+            raise ValueError(
+                f"{self.name}: expected labels in [0, {n_outputs}), found {bad} in row {row}; {advice} "
+                "(np.unique(y, return_inverse=True))"
+            )
+        return np.ascontiguousarray(y, dtype=np.int64)
+
+    def _values(self, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(y, dtype=dtype)
+        finite = np.isfinite(values)
+        if not finite.all():
+            row, column = (int(k) for k in np.argwhere(~finite)[0])
+            raise ValueError(
+                f"{self.name}: expected finite targets in {dtype}, found {y[row, column]} at [{row}, {column}]; "
+                "drop or fill these rows, or scale the targets"
+            )
+        low, high = values.min(), values.max()
+        if self.unit and (low < 0 or high > 1):
+            bad = low if low < 0 else high
+            raise ValueError(f"{self.name}: expected targets in [0, 1], found {bad}; encode the two classes as 0 and 1")
+        if self.target_kind == "labels" and low < 0:
+            raise ValueError(f"{self.name}: expected distributions over the classes, all >= 0, found {low}")
+        return values
+
+
+_KNOWN = {
+    loss.name: loss
+    for loss in (
+        Loss("softmax_cross_entropy", "softmax_cross_entropy", "labels", "softmax_cross_entropy_onehot", "accuracy"),
+        Loss("binary_cross_entropy", "binary_cross_entropy", "values", metric="accuracy", unit=True),
+        Loss("mse", "mse", "values"),
+    )
+}
+
+
+def get(loss: str | Loss) -> Loss:
+    """A loss by name, or the instance that was given."""
+    if isinstance(loss, Loss):
+        return loss
+    found = _KNOWN.get(loss) if isinstance(loss, str) else None
+    if found is None:
+        raise ValueError(f"unknown loss {loss!r}, known: {', '.join(sorted(_KNOWN))}")
+    return found

@@ -1,0 +1,354 @@
+"""Batch normalisation over the rows of a batch (Ioffe and Szegedy, ICML 2015), fused with an activation and dropout.
+
+    u = gamma * (x - mean) * inv_std + beta,    y = dropout(act(u))
+
+Shape letters: N rows of the batch, C columns. Training normalises by the batch's mean and **biased** variance and moves
+the running statistics, ``running = decay * running + (1 - decay) * batch``, the variance with its unbiased estimate
+N/(N-1). ``decay`` is the weight of the **old** value (Keras' ``momentum``, one minus PyTorch's). A batch of one row is
+normalised with variance 0 and leaves the running statistics alone.
+
+Saved for backward: x, mean and inv_std. u is computed from them again in the same arithmetic, so that a ReLU has the same
+mask in both directions, and dropout draws its mask again. The gradients, and the reason for `_rest`, stand in README.md.
+
+Numerics: x is centred before it is scaled (the folded form x a + b cancels where |mean| is large), and statistics are
+taken about the mean. float32 sums add row by row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastdl.kernels import registry
+from fastdl.kernels.activations import reference as _activations  # noqa: F401  (declares their ops)
+from fastdl.kernels.dropout.reference import dropout_backward, dropout_forward
+from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance, register_op
+
+#: |mean| * inv_std from which the rounding of the stored mean (up to 2^-24 |mean| in float32) is put back: below, it
+#: moves u by less than 1e-6.
+LOOSE = 16.0
+
+
+# ---------------------------------------------------------------------------------------------- fused activation
+def _activate(name: str, u: np.ndarray, alpha: float, slope: np.ndarray | None) -> None:
+    """u = act(u) in place."""
+    if name == "identity":
+        return
+    spec = registry.spec(f"{name}_forward")
+    extra = (slope,) if "slope" in {a.name for a in spec.arrays} else ()
+    spec.reference(u, *extra, u, **({"alpha": alpha} if spec.params else {}))
+
+
+def _activate_backward(
+    name: str, dz: np.ndarray, u: np.ndarray, alpha: float, slope: np.ndarray | None, dslope: np.ndarray | None
+) -> None:
+    """dz = dz * act'(u) in place; u may be overwritten."""
+    if dslope is not None:
+        dslope[...] = 0
+    if name == "identity":
+        return
+    spec = registry.spec(f"{name}_backward")
+    names = {a.name for a in spec.arrays}
+    if "y" in names:
+        _activate(name, u, alpha, slope)
+    parameters = {"alpha": alpha} if spec.params else {}
+    if "slope" in names:
+        spec.reference(dz, u, slope, dz, np.empty_like(slope) if dslope is None else dslope, **parameters)
+    else:
+        spec.reference(dz, u, dz, **parameters)
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+def _is_loose(mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray:
+    return np.abs(mean) * inv_std > LOOSE
+
+
+def _rest(d: np.ndarray, mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray | None:
+    """What the stored mean has lost by rounding, from d = x - mean (exact where it matters); None where it is nothing."""
+    loose = _is_loose(mean, inv_std)
+    return np.where(loose, np.add.reduce(d, axis=0) / len(d), 0).astype(d.dtype) if loose.any() else None
+
+
+def _inv_std(var: np.ndarray, eps: float, inv_std: np.ndarray) -> None:
+    np.add(var, eps, out=inv_std)
+    np.sqrt(inv_std, out=inv_std)
+    np.reciprocal(inv_std, out=inv_std)
+
+
+def _statistics(x: np.ndarray, d: np.ndarray, eps: float, mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray:
+    """Batch mean and inv_std, d = x - mean - rest; returns the biased variance."""
+    m = len(x)
+    np.add.reduce(x, axis=0, out=mean)
+    mean /= m
+    np.subtract(x, mean, out=d)
+    var = np.einsum("nc,nc->c", d, d) / m
+    _inv_std(var, eps, inv_std)
+    loose = _is_loose(mean, inv_std)
+    if loose.any():  # the sum of x has rounded at the size of the mean: take it again from the centred values
+        mean += np.where(loose, np.add.reduce(d, axis=0) / m, 0).astype(d.dtype)
+        np.subtract(x, mean, out=d)
+        first = np.add.reduce(d, axis=0) / m
+        var = np.where(loose, np.maximum(np.einsum("nc,nc->c", d, d) / m - first * first, 0), var)
+        _inv_std(var, eps, inv_std)
+        rest = _rest(d, mean, inv_std)
+        if rest is not None:
+            d -= rest
+    return var
+
+
+# ---------------------------------------------------------------------------------------------- the ops
+@np.errstate(over="ignore", invalid="ignore")
+def batchnorm_forward(
+    x: np.ndarray,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    slope: np.ndarray | None,
+    y: np.ndarray,
+    mean: np.ndarray,
+    inv_std: np.ndarray,
+    *,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    alpha: float = 0.0,
+    rate: float = 0.0,
+    seed: int = 0,
+    layer: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+    threads: int = 1,
+) -> None:
+    """Normalise x (N, C) by its own columns' statistics into y (N, C); mean, inv_std (C,) are kept for backward."""
+    m = len(x)
+    var = _statistics(x, y, eps, mean, inv_std)
+    if m > 1:
+        running_mean *= decay
+        running_mean += (1 - decay) * mean
+        running_var *= decay
+        running_var += ((1 - decay) * m / (m - 1)) * var
+    y *= gamma * inv_std
+    y += beta
+    _activate(activation, y, alpha, slope)
+    if rate:
+        dropout_forward(y, y, rate=rate, seed=seed, layer=layer, step=step, first_row=first_row)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def batchnorm_inference(
+    x: np.ndarray,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    slope: np.ndarray | None,
+    y: np.ndarray,
+    *,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    alpha: float = 0.0,
+    threads: int = 1,
+) -> None:
+    """Normalise x (N, C) by the running statistics into y (N, C); y may be x."""
+    inv_std = np.empty_like(running_var)
+    _inv_std(running_var, eps, inv_std)
+    np.subtract(x, running_mean, out=y)
+    y *= gamma * inv_std
+    y += beta
+    _activate(activation, y, alpha, slope)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def batchnorm_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    mean: np.ndarray,
+    inv_std: np.ndarray,
+    slope: np.ndarray | None,
+    dx: np.ndarray,
+    dgamma: np.ndarray,
+    dbeta: np.ndarray,
+    dslope: np.ndarray | None,
+    *,
+    activation: str = "identity",
+    alpha: float = 0.0,
+    rate: float = 0.0,
+    seed: int = 0,
+    layer: int = 0,
+    training: int = 1,
+    step: int = 0,
+    first_row: int = 0,
+    threads: int = 1,
+) -> None:
+    """Gradients of x (N, C), gamma, beta and PReLU's slopes (C,); dx may be dy.
+
+    With ``training=0`` mean and inv_std are constants (running statistics), else functions of x.
+    """
+    m = len(x)
+    d = np.empty_like(dx) if np.may_share_memory(dx, dy) else dx
+    np.subtract(x, mean, out=d)
+    rest = _rest(d, mean, inv_std) if training else None
+    if rest is not None:
+        d -= rest
+    gain = gamma * inv_std
+    dz = dy
+    if activation != "identity" or rate:
+        dz = np.empty_like(dy)
+        if rate:
+            dropout_backward(dy, dz, rate=rate, seed=seed, layer=layer, step=step, first_row=first_row)
+        else:
+            dz[...] = dy
+    u = d
+    if activation != "identity":
+        u = d * gain
+        u += beta
+    _activate_backward(activation, dz, u, alpha, slope, dslope)
+
+    np.add.reduce(dz, axis=0, out=dbeta)
+    np.einsum("nc,nc->c", dz, d, out=dgamma)
+    dgamma *= inv_std
+    if not training:
+        np.multiply(dz, gain, out=dx)
+        return
+    d *= dgamma * inv_std * (-1 / m)  # dx = gain (dz - dbeta / m - xhat dgamma / m)
+    d += dz
+    d -= dbeta / m
+    np.multiply(d, gain, out=dx)
+
+
+# ---------------------------------------------------------------------------------------------- specs
+def _fill_x(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, made: Mapping[str, Any]) -> np.ndarray:
+    """Columns whose deviation is near 1 for every number of rows: two random values may lie as close as they like."""
+    sign = np.where(np.arange(shape[0]) % 2, 1.0, -1.0)[:, None]
+    return sign * rng.uniform(0.5, 1.5, shape) + rng.standard_normal(shape[1])
+
+
+def _fill_gamma(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, made: Mapping[str, Any]) -> np.ndarray:
+    return rng.uniform(0.5, 1.5, shape)
+
+
+def _fill_slope(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, made: Mapping[str, Any]) -> np.ndarray:
+    return rng.uniform(0.1, 0.4, shape)
+
+
+def _fill_mean(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, made: Mapping[str, Any]) -> np.ndarray:
+    return made["x"].astype(np.float64).mean(axis=0)
+
+
+def _fill_inv_std(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, made: Mapping[str, Any]) -> np.ndarray:
+    return 1 / np.sqrt(made["x"].astype(np.float64).var(axis=0) + 1e-5)
+
+
+X = Array("x", "N,C", fill=_fill_x)
+GAMMA = Array("gamma", "C", fill=_fill_gamma)
+BETA = Array("beta", "C")
+SLOPE = Array("slope", "C", optional=True, fill=_fill_slope)
+
+EPS = Param("eps", "float", 1e-5)
+ACTIVATION = (Param("activation", "activation", "identity"), Param("alpha", "float", 0.0))
+DROPOUT = (Param("rate", "float", 0.0), Param("seed", "seed", 0), Param("layer", "int", 0))
+
+FUSED: tuple[dict[str, Any], ...] = (
+    {},
+    {"activation": "relu"},
+    {"activation": "relu", "rate": 0.3, "seed": 42, "layer": 1},
+    {"rate": 0.5, "seed": 7},
+    {"activation": "prelu"},
+    {"activation": "leaky_relu", "alpha": 0.01, "rate": 0.3, "seed": 42},
+    {"activation": "gelu"},
+    {"activation": "tanh", "rate": 0.3, "seed": 42, "layer": 2},
+)
+
+
+def _tolerance(sizes: Mapping[str, int]) -> Tolerance:
+    return Tolerance(
+        ulp=8.0,
+        norm=16.0 + float(np.sqrt(sizes["N"])),
+        why="a dozen roundings an element; sums of N terms added row by row err by about sqrt(N) roundings of their size",
+    )
+
+
+register_op(
+    OpSpec(
+        name="batchnorm_forward",
+        family="batchnorm",
+        summary="y = dropout(act(gamma (x - mean) inv_std + beta)) by the batch's own statistics",
+        arrays=(
+            X,
+            GAMMA,
+            BETA,
+            Array("running_mean", "C", "inout"),
+            Array("running_var", "C", "inout", fill=_fill_gamma),
+            SLOPE,
+            Array("y", "N,C", "out"),
+            Array("mean", "C", "out"),
+            Array("inv_std", "C", "out"),
+        ),
+        params=(Param("decay", "float", 0.9), EPS, *ACTIVATION, *DROPOUT),
+        runtime=("step", "first_row"),
+        reference=batchnorm_forward,
+        tolerance=_tolerance,
+        variants=FUSED,
+        gradients=("batchnorm_backward",),
+        no_gradient=("running_mean", "running_var"),
+        column_local=True,
+        flops=lambda sizes: 7.0 * sizes["N"] * sizes["C"],
+    )
+)
+register_op(
+    OpSpec(
+        name="batchnorm_inference",
+        family="batchnorm",
+        summary="y = act(gamma (x - running_mean) / sqrt(running_var + eps) + beta)",
+        arrays=(
+            X,
+            GAMMA,
+            BETA,
+            Array("running_mean", "C"),
+            Array("running_var", "C", fill=_fill_gamma),
+            SLOPE,
+            Array("y", "N,C", "out"),
+        ),
+        params=(EPS, *ACTIVATION),
+        reference=batchnorm_inference,
+        tolerance=_tolerance,
+        variants=({}, {"activation": "relu"}, {"activation": "prelu"}, {"activation": "gelu"}),
+        no_gradient=("x", "gamma", "beta", "running_mean", "running_var", "slope"),
+        aliases=(("x", "y"),),
+        column_local=True,
+        flops=lambda sizes: 3.0 * sizes["N"] * sizes["C"],
+    )
+)
+register_op(
+    OpSpec(
+        name="batchnorm_backward",
+        family="batchnorm",
+        summary="gradients of x, gamma, beta and slope; dx = gain (dz - dbeta / N - xhat dgamma / N)",
+        arrays=(
+            Array("dy", "N,C"),
+            X,
+            GAMMA,
+            BETA,
+            Array("mean", "C", fill=_fill_mean),
+            Array("inv_std", "C", fill=_fill_inv_std),
+            SLOPE,
+            Array("dx", "N,C", "out"),
+            Array("dgamma", "C", "out"),
+            Array("dbeta", "C", "out"),
+            Array("dslope", "C", "out", optional=True),
+        ),
+        params=(*ACTIVATION, *DROPOUT, Param("training", "int", 1)),
+        runtime=("step", "first_row"),
+        reference=batchnorm_backward,
+        tolerance=_tolerance,
+        variants=(*FUSED, {"training": 0}, {"activation": "relu", "training": 0}),
+        aliases=(("dy", "dx"),),
+        column_local=True,
+        flops=lambda sizes: 10.0 * sizes["N"] * sizes["C"],
+    )
+)

@@ -1,0 +1,45 @@
+/* Block functions of the batchnorm family: one block is some columns of all rows, which one thread works on alone, so
+ * that no thread count can change a sum. Strides count elements. A vector starts at the block's first column.
+ */
+#ifndef FASTDL_BATCHNORM_TABLE_H
+#define FASTDL_BATCHNORM_TABLE_H
+#include <stdint.h>
+#include "activations/table.h"
+#include "level.h"
+
+/* Columns of a block at most. A multiple of 32. */
+#define FD_BATCHNORM_WIDTH 128
+
+typedef struct {
+  int64_t rows, cols;
+  const void *x, *dy;
+  void *y, *dx;
+  int64_t x_stride, dy_stride, y_stride, dx_stride;
+  const void *gamma, *beta, *slope;       /* slope: NULL unless PReLU */
+  void *mean, *inv_std;                   /* written by forward, read by the others */
+  void *running_mean, *running_var;       /* forward: updated in place */
+  void *dgamma, *dbeta, *dslope;          /* backward; dslope may be NULL */
+  double decay, eps, alpha;
+  const fd_activation* activation;        /* NULL: identity */
+  int relu;                               /* the activation is ReLU: applied in registers, `activation` unused */
+  int training;                           /* backward: mean and inv_std depend on x */
+  int drop;                               /* the dropout fields below are used */
+  uint32_t layer, step, threshold;
+  uint64_t seed;
+  int64_t first_row, first_col;           /* of the block's first element in the step's batch */
+} fd_batchnorm_block;
+
+typedef struct {                          /* [0] float, [1] double */
+  void (*forward[2])(const fd_batchnorm_block*);
+  void (*inference[2])(const fd_batchnorm_block*);
+  void (*backward[2])(const fd_batchnorm_block*);
+} fd_batchnorm_table;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+FD_TABLES(fd_batchnorm_table, fd_batchnorm)
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,132 @@
+// Vectors of the level's width on the compiler's vector extensions: plain operators (+ - * / < ?: & | ^ << >>) work on them.
+// Intrinsics stand here alone, where they win over what the compiler makes of the plain form.
+//
+//   vec<T>   a register of T: float, double, int32_t, uint32_t, int64_t, uint64_t
+//   lanes<T> how many T it holds
+#pragma once
+#include <stdint.h>
+#include <stddef.h>
+#include "level.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FD_INLINE inline __attribute__((always_inline))
+
+namespace FD_NS {
+
+template <class T> struct vec_of;
+#define FD_VEC(T) template <> struct vec_of<T> { typedef T type __attribute__((vector_size(FD_VECTOR_BYTES))); };
+FD_VEC(float) FD_VEC(double) FD_VEC(int32_t) FD_VEC(uint32_t) FD_VEC(int64_t) FD_VEC(uint64_t)
+#undef FD_VEC
+template <class T> using vec = typename vec_of<T>::type;
+template <class T> constexpr int lanes = FD_VECTOR_BYTES / (int)sizeof(T);
+
+// The integer of a float's size: what comparisons give and what bits are made of.
+template <class T> struct int_of;
+template <> struct int_of<float> { typedef int32_t type; typedef uint32_t utype; };
+template <> struct int_of<double> { typedef int64_t type; typedef uint64_t utype; };
+template <class T> using ivec = vec<typename int_of<T>::type>;
+
+template <class T> FD_INLINE vec<T> load(const T* p) { vec<T> v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class T> FD_INLINE void store(T* p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T> FD_INLINE vec<T> splat(T a) { return a - vec<T>{}; }
+
+// The first n lanes of memory, zeros above; nothing past n is touched.
+template <class T> FD_INLINE vec<T> load_n(const T* p, int n) {
+  if (n >= lanes<T>) return load(p);
+#if FD_LEVEL == FD_AVX512
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+  else return (vec<T>)_mm512_maskz_loadu_epi64((__mmask8)((1u << n) - 1), p);
+#else
+  vec<T> v{};
+  for (int i = 0; i < n; i++) v[i] = p[i];
+  return v;
+#endif
+}
+template <class T> FD_INLINE void store_n(T* p, vec<T> v, int n) {
+  if (n >= lanes<T>) { store(p, v); return; }
+#if FD_LEVEL == FD_AVX512
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, (__mmask16)((1u << n) - 1), (__m512i)v);
+  else _mm512_mask_storeu_epi64(p, (__mmask8)((1u << n) - 1), (__m512i)v);
+#else
+  for (int i = 0; i < n; i++) p[i] = v[i];
+#endif
+}
+
+// Sum of the lanes by halves: a fixed tree, the same bits every time.
+template <class T> FD_INLINE T hsum(vec<T> v) {
+  T part[lanes<T>];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int half = lanes<T> / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+}
+
+// IEEE-ordered: where a lane is NaN, b comes out (write max_(0, x) so that a NaN in x stays a NaN).
+FD_INLINE vec<float> max_(vec<float> a, vec<float> b) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif FD_LEVEL == FD_AVX2
+  return (vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vec<float>)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FD_INLINE vec<float> min_(vec<float> a, vec<float> b) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif FD_LEVEL == FD_AVX2
+  return (vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vec<float>)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+FD_INLINE vec<double> max_(vec<double> a, vec<double> b) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif FD_LEVEL == FD_AVX2
+  return (vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  return (vec<double>)_mm_max_pd((__m128d)a, (__m128d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FD_INLINE vec<double> min_(vec<double> a, vec<double> b) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif FD_LEVEL == FD_AVX2
+  return (vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  return (vec<double>)_mm_min_pd((__m128d)a, (__m128d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+FD_INLINE vec<float> sqrt_(vec<float> a) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<float>)_mm512_sqrt_ps((__m512)a);
+#elif FD_LEVEL == FD_AVX2
+  return (vec<float>)_mm256_sqrt_ps((__m256)a);
+#else
+  for (int i = 0; i < lanes<float>; i++) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
+FD_INLINE vec<double> sqrt_(vec<double> a) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<double>)_mm512_sqrt_pd((__m512d)a);
+#elif FD_LEVEL == FD_AVX2
+  return (vec<double>)_mm256_sqrt_pd((__m256d)a);
+#else
+  for (int i = 0; i < lanes<double>; i++) a[i] = __builtin_sqrt(a[i]);
+  return a;
+#endif
+}
+
+}  // namespace FD_NS

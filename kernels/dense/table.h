@@ -1,0 +1,40 @@
+/* What the levels of native.cpp offer to _cython.pyx: block functions, [0] float and [1] double.
+ *
+ * A block is one output panel (at most 32 columns) times some rows times one K block. Strides are in elements.
+ */
+#ifndef FASTDL_DENSE_TABLE_H
+#define FASTDL_DENSE_TABLE_H
+#include <stdint.h>
+#include "level.h"
+
+typedef struct {
+  const void* a;    /* product: A(i, k) = a[(k / 32) * a_panel + i * a_row + k % 32] */
+                    /* product_t: A(i, k) = a[(i / 32) * a_panel + k * a_row + i % 32], rows of memory are k */
+  const void* b;    /* B(k, j) = b[k * b_row + j]; readable up to the next full pair of vectors */
+  void* c;          /* C(i, j) = c[i * c_row + j] */
+  void* z;          /* where the value before the activation goes too, or NULL */
+  const void* bias; /* cols values, or NULL */
+  int64_t rows, cols, k;
+  int64_t a_row, a_panel, b_row, c_row, z_row;
+  int add;  /* add to what C holds (the K blocks before this one) */
+  int relu; /* y = max(0, z) in registers */
+} fd_dense_block;
+
+typedef struct {
+  void (*product[2])(const fd_dense_block*);
+  void (*product_t[2])(const fd_dense_block*);
+  /* C(i, j) = sum over k of a[i * a_row + k] * b[j * b_row + k], added to C if add; no epilogue */
+  void (*dots[2])(const fd_dense_block*);
+  /* to[r][32] = from(r, c) for c < cols, 0 above: one column panel from rows of any strides */
+  void (*pack[2])(const void* from, void* to, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride);
+  /* out[c] (+)= sum over rows of from[r * row_stride + c] */
+  void (*column_sums[2])(const void* from, void* out, int64_t rows, int64_t cols, int64_t row_stride, int add);
+} fd_dense_table;
+#ifdef __cplusplus
+extern "C" {
+#endif
+FD_TABLES(fd_dense_table, fd_dense)
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,198 @@
+"""Who runs an op: `choose` by preference and verifier, `run` for one call, `explain` for people.
+
+Dispatch happens once per eager call or once when a Program is bound, never inside a loop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastdl.kernels import FAMILIES, registry
+from fastdl.kernels.engine.panels import Panels
+from fastdl.kernels.registry import BACKENDS, Impl, OpSpec
+
+#: File of a family that holds a back end's implementations.
+MODULES = {"numpy": "reference", "numba": "numba_cpu", "cython": "_cython"}
+
+_state: dict[str, str] = {}  # back end -> "available" or the reason why not
+_lock = threading.RLock()
+
+
+def load(backend: str) -> str:
+    """Import a back end once; return "available" or the reason why it is not."""
+    with _lock:
+        if backend not in _state:
+            _state[backend] = _load(backend)
+        return _state[backend]
+
+
+def _modules(backend: str) -> list[Any]:
+    """The families' modules of a back end, in order; a family may have none."""
+    names = [f"fastdl.kernels.{family}.{MODULES[backend]}" for family in FAMILIES]
+    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name) is not None]
+
+
+def _load(backend: str) -> str:
+    if backend != "numpy":
+        load("numpy")
+    if backend == "cython":
+        if importlib.util.find_spec("fastdl.kernels.engine._cython") is None:
+            return (
+                "the compiled kernels are not in this installation (FASTDL_PURE=1 or no wheel for this platform); "
+                "run `pip install .` with a C++ compiler"
+            )
+        from fastdl.kernels.common import simd
+
+        for module in _modules(backend):
+            simd.attach(module)
+            for op, native in module.kernels().items():
+                registry.register(Impl(op, "cython", native=native))
+        return "available"
+    if backend == "numba" and importlib.util.find_spec("numba") is None:
+        return "the package numba is not installed; run `pip install numba`"
+    _modules(backend)
+    return "available"
+
+
+def backends() -> dict[str, str]:
+    """Every back end with "available" or the reason why not."""
+    return {name: load(name) for name in BACKENDS}
+
+
+def candidate(op: str, backend: str, arrays: Sequence[Any] = (), params: Mapping[str, Any] | None = None) -> Impl | str:
+    """The implementation on one back end, or the reason why there is none for these arguments."""
+    load("numpy")
+    registry.spec(op)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown back end {backend!r}, known: auto, {', '.join(BACKENDS)}")
+    state = load(backend)
+    if state != "available":
+        return state
+    impl = registry.find(op, backend)
+    if impl is None:
+        return f"{backend} has no kernel for {op}"
+    if impl.verifier is not None:
+        reason = impl.verifier(arrays, params or {})
+        if reason:
+            return reason
+    return impl
+
+
+def choose(op: str, backend: str, arrays: Sequence[Any] = (), params: Mapping[str, Any] | None = None) -> Impl:
+    """The implementation that will run.
+
+    Raises
+    ------
+    BackendUnavailable
+        If an explicit back end cannot run the op; the message has the reason.
+    """
+    from fastdl.errors import BackendUnavailable
+
+    if backend != "auto":
+        found = candidate(op, backend, arrays, params)
+        if isinstance(found, str):
+            raise BackendUnavailable(f"back end {backend!r} cannot run {op}: {found}")
+        return found
+    for name in BACKENDS:
+        found = candidate(op, name, arrays, params)
+        if not isinstance(found, str):
+            return found
+    raise BackendUnavailable(f"no back end can run {op}")
+
+
+def explain(op: str, arrays: Sequence[Any], backend: str) -> str:
+    """Which back end runs an op on these arrays, and why the others do not."""
+    lines, taken = [], False
+    for name in BACKENDS:
+        found = candidate(op, name, arrays)
+        if isinstance(found, str):
+            lines.append(f"{name}: refused, {found}")
+        elif backend not in ("auto", name):
+            lines.append(f"{name}: could run it, but {backend!r} was asked for")
+        elif taken:
+            lines.append(f"{name}: could run it, comes later in the order {', '.join(BACKENDS)}")
+        else:
+            taken = True
+            lines.append(f"{name}: runs it ({'asked for' if backend != 'auto' else 'first that can'})")
+    return f"{op}\n" + "\n".join("  " + line for line in lines)
+
+
+class Marshaller:
+    """Turns the calling convention of the registry into the flat arguments of a compiled kernel, for one op."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        self.ints = tuple(p for p in spec.params if p.kind != "float")
+        self.floats = tuple(p for p in spec.params if p.kind == "float")
+        #: (array position, axis) that tells the number of rows
+        self.rows_from = [
+            (k, array.letters.index("N")) for k, array in enumerate(spec.arrays) if "N" in array.letters
+        ]
+        #: position of the array whose dtype chooses the kernel
+        self.typed = next((k for k, array in enumerate(spec.arrays) if array.dtype == "T"), None)
+
+    def scalars(self, params: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        ints = tuple(_as_int(p, params.get(p.name, p.default)) for p in self.ints)
+        return ints, tuple(float(params.get(p.name, p.default)) for p in self.floats)
+
+    def rows(self, arrays: Sequence[Any]) -> int:
+        for k, axis in self.rows_from:
+            if arrays[k] is not None:
+                return int(arrays[k].shape[axis])
+        return 1
+
+    def capsule(self, impl: Impl, arrays: Sequence[Any], dtype: Any = None) -> Any:
+        if dtype is None:
+            dtype = np.float32 if self.typed is None else arrays[self.typed].dtype
+        name = np.dtype(dtype).name
+        try:
+            return impl.native[name]
+        except KeyError:
+            raise TypeError(f"{impl.op}: expected dtype float32 or float64, found {name}; convert with astype") from None
+
+
+def _as_int(param: registry.Param, value: Any) -> int:
+    if param.kind == "activation":
+        from fastdl.kernels.activations import _cython
+
+        return _cython.index(value)
+    return int(value)
+
+
+_marshallers: dict[str, Marshaller] = {}
+
+
+def marshaller(op: str) -> Marshaller:
+    found = _marshallers.get(op)
+    if found is None:
+        load("numpy")
+        found = _marshallers[op] = Marshaller(registry.spec(op))
+    return found
+
+
+def run(op: str, *arrays: Any, backend: str = "auto", threads: int = 1, **arguments: Any) -> None:
+    """Run one op on arrays that have been checked: the arrays of its spec in order, then params and runtime values.
+
+    `Panels` are accepted by the compiled back end.
+    """
+    call(choose(op, backend, arrays, arguments), arrays, arguments, threads)
+
+
+def call(impl: Impl, arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
+    """Run a chosen implementation."""
+    if impl.native is None:
+        if any(isinstance(a, Panels) for a in arrays):
+            raise TypeError(f"{impl.op}: panel layout is for the compiled back end, found it on {impl.backend}")
+        impl.fn(*arrays, **arguments, threads=threads)
+        return
+    from fastdl.kernels.engine import _cython as engine
+
+    how = marshaller(impl.op)
+    ints, floats = how.scalars(arguments)
+    runtime = {name: arguments[name] for name in registry.RUNTIME if name in arguments}
+    engine.invoke(how.capsule(impl, arrays), tuple(arrays), ints, floats, how.rows(arrays), threads, **runtime)

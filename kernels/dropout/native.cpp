@@ -1,0 +1,2 @@
+// Dropout's block functions, compiled once per SIMD level.
+#include "native.hpp"

@@ -1,0 +1,168 @@
+"""Builds the extensions: one per op family, its C++ compiled once per SIMD level.
+
+``FASTDL_PURE=1``          no extensions: NumPy and Numba back ends alone (``fd.backends()`` says so)
+``FASTDL_FAMILIES=a,b``    build these folders of kernels/ alone (with ``build_ext --inplace``, while working on one)
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+ROOT = pathlib.Path(__file__).resolve().parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+PURE = os.environ.get("FASTDL_PURE") == "1" or sys.platform == "win32"
+# -g0: the interpreter's own flags often ask for debug information, which doubles the time and the size
+CXX_FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi"]
+C_FLAGS = ["-O2", "-g0", "-w"]  # what Cython writes warns about qualifiers, and nobody reads it
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+#: (name, number in kernels/common/level.h, flags)
+LEVELS = [("portable", 0, [])]
+if X86:
+    LEVELS += [
+        ("avx2", 1, [*AVX2_FLAGS, "-mprefer-vector-width=256"]),
+        ("avx512", 2, [*AVX2_FLAGS, *AVX512_FLAGS, "-mprefer-vector-width=512"]),
+    ]
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+    "freethreading_compatible": True,
+}
+INSTALL_COMPILER = "apt-get install gcc g++ python3-dev, or on macOS: xcode-select --install"
+
+
+def stop(message: str) -> None:
+    raise SystemExit(f"fastdl: {message} (or set FASTDL_PURE=1 to build without compiled kernels)")
+
+
+def compiler(language: str) -> list[str]:
+    """The command that setuptools will use for ``"C"`` or ``"C++"``."""
+    name, fallback = ("CC", "cc") if language == "C" else ("CXX", "c++")
+    return (os.environ.get(name) or sysconfig.get_config_var(name) or fallback).split()
+
+
+def builds(source: str, flags: list[str], language: str = "C") -> bool:
+    """Whether a small program compiles and links."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "probe.c" if language == "C" else "probe.cpp")
+        path.write_text(source)
+        command = [*compiler(language), str(path), "-o", str(path.with_suffix("")), *flags]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def openmp_flags() -> tuple[list[str], list[str]]:
+    """Compile and link flags for OpenMP, after a look at what the machine has."""
+    for language in ("C", "C++"):
+        command = compiler(language)[0]
+        if shutil.which(command) is None:
+            stop(f"no {language} compiler ({command}) was found; install one: {INSTALL_COMPILER}")
+        if not builds("int main(void) { return 0; }\n", [], language):
+            stop(f"the {language} compiler ({command}) cannot build an empty program; reinstall it: {INSTALL_COMPILER}")
+    include = sysconfig.get_path("include")
+    if not builds("#include <Python.h>\nint main(void) { return 0; }\n", [f"-I{include}"]):
+        stop(f"Python.h was not found in {include}; install it: apt-get install python3-dev")
+    probe = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 0; }\n"
+    if builds(probe, ["-fopenmp"]):
+        return ["-fopenmp"], ["-fopenmp"]
+    brew = pathlib.Path("/opt/homebrew/opt/libomp" if platform.machine() == "arm64" else "/usr/local/opt/libomp")
+    apple, link = ["-Xpreprocessor", "-fopenmp", f"-I{brew}/include"], [f"-L{brew}/lib", "-lomp"]
+    if sys.platform == "darwin" and builds(probe, [*apple, *link]):
+        return apple, link
+    stop("the compiler has no OpenMP; install it: apt-get install gcc libgomp1, or on macOS: brew install libomp")
+    raise AssertionError  # stop() does not return
+
+
+def sources(pattern: str) -> list[str]:
+    """Files of kernels/, relative to the root."""
+    return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"kernels/{pattern}"))]
+
+
+def extensions() -> list[Extension]:
+    """One extension per folder of kernels/ that has a ``_cython.pyx``."""
+    if PURE:
+        print("fastdl: building without compiled kernels", file=sys.stderr)
+        return []
+    chosen = os.environ.get("FASTDL_FAMILIES")
+    names = chosen.split(",") if chosen else [path.split(os.sep)[1] for path in sources("*/_cython.pyx")]
+    return [
+        Extension(
+            f"fastdl.kernels.{name}._cython",
+            [f"kernels/{name}/_cython.pyx"],
+            include_dirs=["kernels/common", "kernels"],
+            depends=[*sources(f"{name}/native.cpp"), *sources("*/*.h"), *sources("*/*.hpp"), *sources("*/*.pxi")],
+        )
+        for name in names
+    ]
+
+
+class BuildLevels(build_ext):
+    """Cython first, then every family's native.cpp once per level, then each module with its levels' objects."""
+
+    def finalize_options(self) -> None:
+        modules = self.distribution.ext_modules
+        if modules:
+            from Cython.Build import cythonize
+
+            compile_flags, link_flags = openmp_flags()
+            for ext in modules:
+                ext.extra_compile_args = [*C_FLAGS, *compile_flags]
+                ext.extra_link_args = [*link_flags, "-lc++" if sys.platform == "darwin" else "-lstdc++"]
+            self.distribution.ext_modules = cythonize(
+                modules, compiler_directives=DIRECTIVES, build_dir="build/cython", quiet=True
+            )
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def build_extensions(self) -> None:
+        with ThreadPoolExecutor(self.parallel) as pool:
+            pending = [(ext, pool.submit(self.compile_level, ext, *level)) for ext in self.stale() for level in LEVELS]
+            for ext, objects in pending:
+                ext.extra_objects = [*ext.extra_objects, *objects.result()]
+        super().build_extensions()
+
+    def stale(self) -> list[Extension]:
+        """Extensions with a native.cpp that are older than one of their sources or headers."""
+        return [
+            ext
+            for ext in self.extensions
+            if any(path.endswith("native.cpp") for path in ext.depends)
+            and (self.force or newer_group([*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"))
+        ]
+
+    def compile_level(self, ext: Extension, name: str, number: int, flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [path for path in ext.depends if path.endswith("native.cpp")],
+            output_dir=os.path.join(self.build_temp, name),
+            macros=[("FD_LEVEL", str(number))],
+            include_dirs=ext.include_dirs,
+            extra_postargs=[*CXX_FLAGS, *flags],
+        )
+
+
+setup(
+    packages=[
+        *find_packages(include=["fastdl", "fastdl.*"]),
+        "fastdl.kernels",
+        *(f"fastdl.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"fastdl.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildLevels},
+)

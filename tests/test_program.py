@@ -1,0 +1,132 @@
+"""The Program: tracing, fusion, memory, printing; fused == unfused on every back end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastdl as fd
+from fastdl import layers
+from fastdl.builder import Builder, Feed
+from fastdl.executor import plan_arena
+from fastdl.kernels.activations.reference import ACTIVATIONS
+
+BACKENDS = [name for name, state in fd.backends().items() if state == "available"]
+ACTIVATION_NAMES = [n for n, info in ACTIVATIONS.items() if not info.row_op]
+
+
+def block_net(activation: str = "relu", rate: float = 0.3, seed: int = 5) -> fd.Sequential:
+    return fd.Sequential(
+        [
+            layers.Dense(37, use_bias=False),
+            layers.BatchNorm(),
+            layers.Activation(activation),
+            layers.Dropout(rate),
+            layers.Dense(20),
+            layers.Activation(activation),
+            layers.Dropout(rate),
+            layers.Dense(5),
+        ],
+        seed=seed,
+    )
+
+
+def data(rows: int = 50, width: int = 13) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((rows, width)), rng.integers(0, 5, rows)
+
+
+def trained(backend: str, fuse: bool, activation: str, dtype: str = "float64", steps: int = 3) -> fd.Sequential:
+    X, y = data()
+    net = block_net(activation).compile(
+        "softmax_cross_entropy", fd.optimizers.Adam(1e-2), backend=backend, dtype=dtype, fuse=fuse
+    )
+    for _ in range(steps):
+        net.train_on_batch(X, y)
+    return net
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_fused_equals_unfused(backend: str, activation: str) -> None:
+    fused, plain = trained(backend, True, activation), trained(backend, False, activation)
+    assert len(fused.program) < len(plain.program) or backend == "cython" or activation in ("prelu", "identity")
+    for name, value in fused.weights.items():
+        np.testing.assert_allclose(value, plain.weights[name], rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_back_ends_agree_over_steps(backend: str) -> None:
+    reference, net = trained("numpy", False, "relu"), trained(backend, True, "relu")
+    for name, value in net.weights.items():
+        np.testing.assert_allclose(value, reference.weights[name], rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def test_fusion_absorbs_the_block() -> None:
+    net = block_net().compile("softmax_cross_entropy", "adam", backend="numpy")
+    net.build(13)
+    ops = [c.op for c in net.program.calls]
+    assert "relu_backward" in ops  # of the block without batch normalisation
+    norm = next(c for c in net.program.calls if c.op == "batchnorm_forward")
+    assert norm.params["activation"] == "relu"
+    assert norm.params["rate"] == 0.3
+    assert [c.op for c in net.program.calls if c.phase == "forward"] == [
+        "dense_forward",
+        "batchnorm_forward",
+        "dense_forward",
+        "dropout_forward",
+        "dense_forward",
+    ]
+
+
+@pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled back end is not built")
+def test_tails_follow_dense_products() -> None:
+    net = block_net().compile("softmax_cross_entropy", "adam", backend="cython")
+    net.build(13)
+    calls = net.program.calls
+    tails = [c.op for c in calls if c.tail]
+    assert "batchnorm_forward" in tails
+    assert "batchnorm_backward" in tails
+    for before, call in zip(calls, calls[1:], strict=False):
+        if call.tail:
+            assert before.tail or before.op.startswith("dense_")
+
+
+def test_first_layer_needs_no_input_gradient() -> None:
+    net = block_net().compile("softmax_cross_entropy", "adam", backend="numpy")
+    net.build(13)
+    assert sum(c.op == "dense_backward_input" for c in net.program.calls) == 2
+    assert sum(c.op == "dense_backward_weights" for c in net.program.calls) == 3
+
+
+def test_printed_program_lists_every_call() -> None:
+    net = block_net().compile("softmax_cross_entropy", "adam", backend="numpy")
+    net.build(13)
+    text = str(net.program)
+    assert text.count("\n") == len(net.program) + 1
+    for call in net.program.calls:
+        assert call.op in text
+    assert "Mflop" in text
+
+
+def test_program_needs_an_input_width() -> None:
+    net = block_net().compile("softmax_cross_entropy")
+    with pytest.raises(ValueError, match="build"):
+        str(net.program)
+
+
+def test_arena_keeps_live_buffers_apart() -> None:
+    net = block_net().compile("softmax_cross_entropy", "adam", backend="numpy")
+    net.build(13)
+    builder: Builder = net._builder
+    memory, moments = builder.memory(False, net.optimizer)
+    program, _ = builder.train(64, Feed(labels=True), net.loss, net.optimizer, memory, moments, False)
+    ranges, top = plan_arena(program, memory, ())
+    spans = program.lifetimes()
+    total = sum(end - start for start, end in ranges.values())
+    for a in spans:
+        for b in spans:
+            if a is b or spans[a][1] < spans[b][0] or spans[b][1] < spans[a][0]:
+                continue
+            assert ranges[a][1] <= ranges[b][0] or ranges[b][1] <= ranges[a][0], (a.name, b.name)
+    assert top < total  # memory is reused
