@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastdl import layers
 from fastdl.kernels import registry
 from fastdl.kernels.registry import OpSpec
+
+from fastdl import layers
 
 #: Back ends that are measured; the third one, numpy, is the baseline.
 BACKENDS = ("cython", "numba")
@@ -45,8 +46,8 @@ TABLE_SHAPES = ("L2", "memory")
 def sizes(spec: OpSpec, shape: Shape) -> dict[str, int]:
     """Values of an op's dimension letters.
 
-    N are rows and C, I, O columns. Without columns, N counts things of which a matrix has one per eight elements at most
-    (labels, Philox counters). P is the flat length of the whole matrix. A source S of rows is as long as their index.
+    N are rows and C, I, O columns. Without columns, N counts what a matrix has one of for eight elements (Philox
+    counters; labels are fewer). P is the flat length of the whole matrix. A source S of rows is as long as their index.
     """
     letters = set(spec.letters)
     rows = shape.rows if letters & set("CIO") else shape.rows * shape.cols // 8

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bench.cases import NETS, RUNTIME, SHAPES, Case, ChainCase, NetCase, OpCase, sizes, without
-
-import fastdl as fd
-from fastdl.executor import Run
 from fastdl.kernels import dispatch
 from fastdl.kernels.registry import OpSpec, Tolerance
+
+import fastdl as fd
+from bench.cases import NETS, RUNTIME, SHAPES, Case, ChainCase, NetCase, OpCase, sizes, without
+from fastdl.executor import Run
 
 DTYPE = np.dtype(np.float32)  # speed is promised for float32
 #: Share of elements that may miss the tolerance behind a fused activation: at a kink, the last bit of the batch
@@ -102,15 +102,18 @@ def _op(case: OpCase, threads: int) -> Prepared:
         lambda: dispatch.call(impl, mine, arguments, threads),
         lambda: dispatch.call(numpy, theirs, arguments, threads),
         ", ".join(f"{k}={v}" for k, v in values.items()),
-        spec.moved(_present(spec, arrays, values), DTYPE.itemsize),
+        _moved(spec, arrays, values),
         spec.flops(values),
         sum(a.nbytes for a in arrays if a is not None),
     )
 
 
-def _present(spec: OpSpec, arrays: Sequence[np.ndarray | None], values: Mapping[str, int]) -> Mapping[str, int]:
-    """Sizes as they are: an absent array costs nothing only where the spec says so itself."""
-    return values
+def _moved(spec: OpSpec, arrays: Sequence[np.ndarray | None], values: Mapping[str, int]) -> float:
+    """`OpSpec.moved`, without the arrays that are absent here."""
+    if spec.bytes is not None:
+        return spec.bytes(values, DTYPE.itemsize)
+    pairs = zip(spec.arrays, arrays, strict=True)
+    return float(sum(a.nbytes * (2 if array.role == "inout" else 1) for array, a in pairs if a is not None))
 
 
 # ---------------------------------------------------------------------------------------------- layers and nets

@@ -106,8 +106,10 @@ class Builder:
                     found["weight"] = found["weight_slot"] = Buffer("weight", (), "slot")
             return calls, found
         index = Buffer("index", (), "batch", "i8")
-        params = {"n": feed.rows, "seed": self.seed, "shuffle": int(feed.shuffle)}
-        calls.append(Call("epoch_indices", {"index": index}, params, "feed"))
+        if feed.shuffle:
+            calls.append(Call("epoch_indices", {"index": index}, {"n": feed.rows, "seed": self.seed}, "feed"))
+        else:
+            calls.append(Call("row_range", {"index": index}, {}, "feed"))
         calls.append(Call("gather_rows", {"source": source, "index": index, "out": x}, {}, "feed"))
         found["target_slot"] = Buffer("Y", (feed.rows, *width), "slot", kind)
         found["targets"] = Buffer("targets", width, "batch", kind)

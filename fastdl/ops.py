@@ -61,11 +61,11 @@ def _run(
     op: str, arrays: tuple[Any, ...], arguments: dict[str, Any], backend: str | None, threads: int | None, size: int
 ) -> None:
     """Dispatch a checked call; ``size`` is the bytes it moves."""
-    impl = dispatch.choose(op, config.resolve_backend(backend), arrays, arguments)
+    call = dispatch.bound(op, config.resolve_backend(backend), arrays, arguments)
     number = config.resolve_threads(threads)
     if number is None:
         number = 1 if size < BYTES_PER_THREAD else config.available_threads()[0]
-    dispatch.call(impl, arrays, arguments, number)
+    call(arrays, arguments, number)
 
 
 # ---------------------------------------------------------------------------------------------- activations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,23 +127,22 @@ class Marshaller:
     """Turns the calling convention of the registry into the flat arguments of a compiled kernel, for one op."""
 
     def __init__(self, spec: OpSpec) -> None:
-        self.ints = tuple(p for p in spec.params if p.kind != "float")
-        self.floats = tuple(p for p in spec.params if p.kind == "float")
+        self.spec = spec
+        self.ints = tuple((p.name, p.kind, p.default) for p in spec.params if p.kind != "float")
+        self.floats = tuple((p.name, p.default) for p in spec.params if p.kind == "float")
         #: (array position, axis) that tells the number of rows
-        self.rows_from = [
-            (k, array.letters.index("N")) for k, array in enumerate(spec.arrays) if "N" in array.letters
-        ]
+        self.rows_from = tuple((k, a.letters.index("N")) for k, a in enumerate(spec.arrays) if "N" in a.letters)
         #: position of the array whose dtype chooses the kernel
         self.typed = next((k for k, array in enumerate(spec.arrays) if array.dtype == "T"), None)
 
     def scalars(self, params: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        ints = tuple(_as_int(p, params.get(p.name, p.default)) for p in self.ints)
-        return ints, tuple(float(params.get(p.name, p.default)) for p in self.floats)
+        ints = tuple([_as_int(kind, params.get(name, default)) for name, kind, default in self.ints])
+        return ints, tuple([params.get(name, default) for name, default in self.floats])
 
     def rows(self, arrays: Sequence[Any]) -> int:
         for k, axis in self.rows_from:
             if arrays[k] is not None:
-                return int(arrays[k].shape[axis])
+                return arrays[k].shape[axis]
         return 1
 
     def capsule(self, impl: Impl, arrays: Sequence[Any], dtype: Any = None) -> Any:
@@ -156,8 +155,8 @@ class Marshaller:
             raise TypeError(f"{impl.op}: expected dtype float32 or float64, found {name}; convert with astype") from None
 
 
-def _as_int(param: registry.Param, value: Any) -> int:
-    if param.kind == "activation":
+def _as_int(kind: str, value: Any) -> int:
+    if kind == "activation":
         from fastdl.kernels.activations import _cython
 
         return _cython.index(value)
@@ -175,24 +174,66 @@ def marshaller(op: str) -> Marshaller:
     return found
 
 
+Caller = Callable[[Sequence[Any], Mapping[str, Any], int], None]
+
+
+def caller(impl: Impl) -> Caller:
+    """``call(arrays, arguments, threads)`` for one implementation: what an eager call costs beside the kernel is here."""
+    if impl.native is None:
+        return _python_caller(impl)
+    from fastdl.kernels.engine import _cython as engine
+
+    how = marshaller(impl.op)
+    invoke, scalars, native, typed, rows = engine.invoke, how.scalars, impl.native, how.typed, how.rows
+    runtime = [name for name in registry.RUNTIME if name in how.spec.runtime]
+    by_dtype = {np.dtype(name): capsule for name, capsule in native.items()}
+    default = next(iter(native.values()))
+
+    def call(arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
+        capsule = default if typed is None else by_dtype.get(arrays[typed].dtype)
+        if capsule is None:
+            how.capsule(impl, arrays)  # raises with the dtype that came
+        ints, floats = scalars(arguments)
+        values = {name: arguments[name] for name in runtime if name in arguments} if runtime else {}
+        invoke(capsule, tuple(arrays), ints, floats, rows(arrays), threads, **values)
+
+    return call
+
+
+def _python_caller(impl: Impl) -> Caller:
+    fn = impl.fn
+
+    def call(arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
+        for a in arrays:
+            if type(a) is Panels:
+                raise TypeError(f"{impl.op}: panel layout is for the compiled back end, found it on {impl.backend}")
+        fn(*arrays, **arguments, threads=threads)
+
+    return call
+
+
+_callers: dict[tuple[str, str], Caller] = {}
+
+
+def bound(op: str, backend: str, arrays: Sequence[Any] = (), arguments: Mapping[str, Any] | None = None) -> Caller:
+    """The caller of the implementation that will run; remembered unless it depends on the arguments."""
+    found = _callers.get((op, backend))
+    if found is None:
+        impl = choose(op, backend, arrays, arguments)
+        found = caller(impl)
+        if all(i is None or i.verifier is None for i in (registry.find(op, name) for name in BACKENDS)):
+            _callers[op, backend] = found
+    return found
+
+
+def call(impl: Impl, arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
+    """Run a chosen implementation."""
+    caller(impl)(arrays, arguments, threads)
+
+
 def run(op: str, *arrays: Any, backend: str = "auto", threads: int = 1, **arguments: Any) -> None:
     """Run one op on arrays that have been checked: the arrays of its spec in order, then params and runtime values.
 
     `Panels` are accepted by the compiled back end.
     """
-    call(choose(op, backend, arrays, arguments), arrays, arguments, threads)
-
-
-def call(impl: Impl, arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
-    """Run a chosen implementation."""
-    if impl.native is None:
-        if any(isinstance(a, Panels) for a in arrays):
-            raise TypeError(f"{impl.op}: panel layout is for the compiled back end, found it on {impl.backend}")
-        impl.fn(*arrays, **arguments, threads=threads)
-        return
-    from fastdl.kernels.engine import _cython as engine
-
-    how = marshaller(impl.op)
-    ints, floats = how.scalars(arguments)
-    runtime = {name: arguments[name] for name in registry.RUNTIME if name in arguments}
-    engine.invoke(how.capsule(impl, arrays), tuple(arrays), ints, floats, how.rows(arrays), threads, **runtime)
+    bound(op, backend, arrays, arguments)(arrays, arguments, threads)

@@ -1,4 +1,4 @@
-"""Optimisers: independent sequences of the published update rules, clipping, threads, levels, and their descriptions."""
+"""Optimisers: the published rules computed independently, clipping, threads, levels, and their descriptions."""
 
 import json
 import math

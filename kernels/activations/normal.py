@@ -100,5 +100,5 @@ def normal_cdf(x: np.ndarray) -> np.ndarray:
     u *= u
     u *= -0.5
     y *= np.exp(u, out=u)
-    np.subtract(1, y, out=y, where=x > 0)
-    return y
+    np.subtract(np.greater(x, 0, out=u), y, out=y)  # 1 - tail or 0 - tail
+    return np.abs(y, out=y)

@@ -231,8 +231,13 @@ class LeakyReLU:
 
     @staticmethod
     def backward(dy: np.ndarray, x: np.ndarray, dx: np.ndarray, alpha: float = 0.01) -> None:
-        one, alpha = dy.dtype.type(1), dy.dtype.type(alpha)
-        np.multiply(dy, np.where(x > 0, one, alpha), out=dx)
+        if not 0 <= alpha <= 1:
+            one, alpha = dy.dtype.type(1), dy.dtype.type(alpha)
+            np.multiply(dy, np.where(x > 0, one, alpha), out=dx)
+            return
+        slope = np.greater(x, 0, out=_room(dx, dy, x))  # 1 or 0, many times as fast as np.where
+        np.maximum(slope, alpha, out=slope)
+        np.multiply(dy, slope, out=dx)
 
 
 @activation(
@@ -247,12 +252,18 @@ class LeakyReLU:
 class PReLU:
     @staticmethod
     def forward(x: np.ndarray, slope: np.ndarray, y: np.ndarray) -> None:
-        np.copyto(y, np.where(x > 0, x, x * slope))
+        low = np.minimum(x, 0)
+        low *= slope
+        np.maximum(x, 0, out=y)
+        y += low
 
     @staticmethod
     def backward(dy: np.ndarray, x: np.ndarray, slope: np.ndarray, dx: np.ndarray, dslope: np.ndarray) -> None:
         np.einsum("nc,nc->c", dy, np.minimum(x, 0), out=dslope)
-        np.multiply(dy, np.where(x > 0, dy.dtype.type(1), slope), out=dx)
+        factor = np.greater(x, 0, out=_room(dx, dy, x))  # 1 or 0
+        factor *= 1 - slope
+        factor += slope
+        np.multiply(dy, factor, out=dx)
 
 
 # ------------------------------------------------------------------------------------------------ saturating
@@ -267,14 +278,19 @@ class PReLU:
 class ELU:
     @staticmethod
     def forward(x: np.ndarray, y: np.ndarray, alpha: float = 1.0) -> None:
-        low = np.minimum(x, 0, out=_room(y, x))
+        low = np.minimum(x, 0)
         np.expm1(low, out=low)
         low *= alpha
-        np.copyto(y, np.where(x > 0, x, low))
+        np.maximum(x, 0, out=y)
+        y += low
 
     @staticmethod
     def backward(dy: np.ndarray, y: np.ndarray, dx: np.ndarray, alpha: float = 1.0) -> None:
-        np.multiply(dy, np.where(y > 0, dy.dtype.type(1), y + alpha), out=dx)
+        slope = np.minimum(y, 0, out=_room(dx, dy, y))
+        slope += alpha
+        if alpha != 1:
+            np.copyto(slope, 1, where=y > 0)
+        np.multiply(dy, slope, out=dx)
 
 
 @activation(

@@ -89,21 +89,19 @@ def _is_loose(mean, inv_std):
 
 
 @helper
-def _affine(gamma, beta, mean, inv_std, exact, first, w, middle, gain, shift, rest):
-    """u = (x - middle) gain + shift, the same forward and backward; rest = what the stored mean has lost by rounding."""
-    for c in range(w):
-        middle[c] = mean[c]
-        gain[c] = gamma[first + c] * inv_std[c]
-        lost = exact[c] - mean[c]
-        rest[c] = lost if _is_loose(mean[c], inv_std[c]) else 0.0
-        shift[c] = np.float64(beta[first + c]) - np.float64(rest[c]) * np.float64(gain[c])
+def _affine(gamma, beta, mean, inv_std, exact, gain, shift, rest):
+    """u = (x - mean) gain + shift, the same forward and backward; rest = what the stored mean has lost by rounding."""
+    for c in range(len(gain)):
+        gain[c] = gamma[c] * inv_std[c]
+        rest[c] = exact[c] - mean[c] if _is_loose(mean[c], inv_std[c]) else 0.0
+        shift[c] = np.float64(beta[c]) - np.float64(rest[c]) * np.float64(gain[c])
 
 
 # ------------------------------------------------------------------------------------------------ rows of a task
 @helper
-def _draw(words, blocks, first_block, row, layer, step, k0, k1):
+def _draw(words, first_block, row, layer, step, k0, k1):
     """The row's random words of a task's columns, four a block of eight columns."""
-    for b in range(blocks):
+    for b in range(len(words) // 4):
         w0, w1, w2, w3 = philox4x32(first_block + np.uint64(b), row, layer, step, k0, k1)
         words[4 * b] = np.uint32(w0)
         words[4 * b + 1] = np.uint32(w1)
@@ -112,16 +110,192 @@ def _draw(words, blocks, first_block, row, layer, step, k0, k1):
 
 
 @helper
-def _normalise(x, r, first, w, middle, gain, shift, u):
-    for c in range(w):
-        u[c] = (x[r, first + c] - middle[c]) * gain[c] + shift[c]
+def _drop(row, lanes, last, scale):
+    for c in range(len(row)):
+        row[c] = row[c] * scale if lanes[c] <= last else row.dtype.type(0)
 
 
 @helper
-def _forward_row(x, r, first, w, middle, gain, shift, kind, a, drop, last, scale, lanes, y):
-    out = y[r, first : first + w]
-    _normalise(x, r, first, w, middle, gain, shift, out)
-    activate(kind, out, a)
-    if drop:
+def _normalise(x, mean, gain, shift, u):
+    for c in range(len(u)):
+        u[c] = (x[c] - mean[c]) * gain[c] + shift[c]
+
+
+@helper
+def _activate(kind, u, alpha, slope):
+    if kind == RELU:
+        for c in range(len(u)):
+            u[c] = u.dtype.type(0) if u[c] <= 0 else u[c]
+    elif kind != IDENTITY:
+        forward_row(kind, u, alpha, slope)
+
+
+@helper
+def _activate_backward(kind, dz, u, alpha, slope, dslope):
+    if kind == RELU:
+        for c in range(len(u)):
+            dz[c] = u.dtype.type(0) if u[c] <= 0 else dz[c]
+    else:
+        backward_row(kind, dz, u, alpha, slope, dslope)
+
+
+@helper
+def _add(dz, x, mean, p1, p2):
+    for c in range(len(dz)):
+        p1[c] += dz[c]
+        p2[c] += dz[c] * (x[c] - mean[c])
+
+
+@helper
+def _finish(dx, x, mean, gain, along, across):
+    """dx = (dz - (x - mean) along - across) gain, dz in dx."""
+    for c in range(len(dx)):
+        dx[c] = (dx[c] - (x[c] - mean[c]) * along[c] - across[c]) * gain[c]
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+@parallel_kernel
+def forward(x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, training, decay, eps, fused, drop, stream):
+    """Training: statistics of x into mean and inv_std; else mean is given and inv_std comes from running_var."""
+    rows, cols = x.shape
+    kind, alpha = fused
+    last, scale = drop
+    layer, step, k0, k1, first_row = stream
+    for task in numba.prange((cols + WIDTH - 1) // WIDTH):
+        first = task * WIDTH
+        w = min(WIDTH, cols - first)
+        here = slice(first, first + w)
+        exact, var = np.empty(w), np.empty(w)
+        if training:
+            _statistics(x, first, w, exact, var)
+            for c in range(w):
+                mean[first + c] = exact[c]
+            if rows > 1:  # one row says nothing about the spread
+                unbiased = rows / (rows - 1)
+                for c in range(w):
+                    running_mean[first + c] = decay * running_mean[first + c] + (1 - decay) * exact[c]
+                    running_var[first + c] = decay * running_var[first + c] + (1 - decay) * unbiased * var[c]
+        else:
+            for c in range(w):
+                exact[c] = mean[first + c]
+                var[c] = running_var[first + c]
         for c in range(w):
-            out[c] = out[c] * scale if lanes[c] <= last else y.dtype.type(0)
+            inv_std[first + c] = 1.0 / np.sqrt(var[c] + eps)
+        gain, shift, rest = np.empty(w, x.dtype), np.empty(w, x.dtype), np.empty(w, x.dtype)
+        _affine(gamma[here], beta[here], mean[here], inv_std[here], exact, gain, shift, rest)
+        words = np.empty((w + 7) // 8 * 4, np.uint32)
+        lanes = words.view(np.uint16)  # low half first: Numba's platforms are little-endian
+        for r in range(rows):
+            out = y[r, here]
+            _normalise(x[r, here], mean[here], gain, shift, out)
+            _activate(kind, out, alpha, slope[here])
+            if last >= 0:
+                _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
+                _drop(out, lanes, last, scale)
+
+
+@parallel_kernel
+def backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope, training, fused, drop, stream):
+    rows, cols = x.shape
+    kind, alpha = fused
+    last, scale = drop
+    layer, step, k0, k1, first_row = stream
+    for task in numba.prange((cols + WIDTH - 1) // WIDTH):
+        first = task * WIDTH
+        w = min(WIDTH, cols - first)
+        here = slice(first, first + w)
+        exact, s1, s2 = np.empty(w), np.zeros(w), np.zeros(w)
+        loose = False
+        for c in range(w):
+            exact[c] = mean[first + c]
+            loose |= _is_loose(mean[first + c], inv_std[first + c])
+        if training and loose:
+            _statistics(x, first, w, exact, s1)  # the float64 mean again
+        gain, shift, rest = np.empty(w, x.dtype), np.empty(w, x.dtype), np.empty(w, x.dtype)
+        _affine(gamma[here], beta[here], mean[here], inv_std[here], exact, gain, shift, rest)
+        words = np.empty((w + 7) // 8 * 4, np.uint32)
+        lanes = words.view(np.uint16)
+        u, p1, p2 = np.empty(w, x.dtype), np.zeros(w, x.dtype), np.zeros(w, x.dtype)
+        dslope[here] = 0
+        s1[:] = 0.0
+        for r in range(rows):
+            dz = dx[r, here]
+            dz[:] = dy[r, here]
+            if last >= 0:
+                _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
+                _drop(dz, lanes, last, scale)
+            if kind != IDENTITY:
+                _normalise(x[r, here], mean[here], gain, shift, u)
+                _activate_backward(kind, dz, u, alpha, slope[here], dslope[here])
+            _add(dz, x[r, here], mean[here], p1, p2)
+            if (r + 1) % SPAN == 0 or r == rows - 1:
+                for c in range(w):
+                    s1[c] += p1[c]
+                    s2[c] += p2[c]
+                p1[:], p2[:] = 0, 0
+        along, across = np.zeros(w, x.dtype), np.zeros(w, x.dtype)
+        for c in range(w):
+            total = (s2[c] - rest[c] * s1[c]) * inv_std[first + c]  # xhat = (x - mean - rest) inv_std
+            dgamma[first + c] = total
+            dbeta[first + c] = s1[c]
+            if training:
+                along[c] = total * inv_std[first + c] / rows
+                across[c] = (s1[c] - total * inv_std[first + c] * rest[c]) / rows
+        for r in range(rows):
+            _finish(dx[r, here], x[r, here], mean[here], gain, along, across)
+
+
+# ------------------------------------------------------------------------------------------------ launchers
+def _fused(activation: str | None, alpha: float, slope: np.ndarray | None, gamma: np.ndarray) -> tuple[Any, np.ndarray]:
+    """(kind, alpha) for a kernel, and the slopes; an unused array of their type where there are none."""
+    return (index(activation), gamma.dtype.type(alpha)), gamma if slope is None else slope
+
+
+def _dropout(rate: float, seed: int, layer: int, step: int, first_row: int, dtype: Any) -> tuple[Any, Any]:
+    """Highest lane that is kept (-1: no dropout) and the scale; the stream's words."""
+    T = philox.threshold(rate) if rate else 0
+    scale = philox.scale(T, dtype) if rate else np.dtype(dtype).type(1)
+    k0, k1 = philox.split(seed)
+    return (T - 1, scale), tuple(map(np.uint64, (layer & philox.MASK, step, k0, k1, first_row & philox.MASK)))
+
+
+def batchnorm_forward(
+    x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, *, decay=0.9, eps=1e-5, activation="identity",
+    alpha=0.0, rate=0.0, seed=0, layer=0, step=0, first_row=0, threads=1,
+):  # fmt: skip
+    """Normalise x (N, C) by its own statistics into y (N, C)."""
+    fused, slope = _fused(activation, alpha, slope, gamma)
+    drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
+    set_threads(threads)
+    forward(x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, True, decay, eps, fused, drop, stream)
+
+
+def batchnorm_inference(
+    x, gamma, beta, running_mean, running_var, slope, y, *, eps=1e-5, activation="identity", alpha=0.0, threads=1
+):
+    """Normalise x (N, C) by the running statistics into y (N, C); y may be x."""
+    fused, slope = _fused(activation, alpha, slope, gamma)
+    drop, stream = _dropout(0.0, 0, 0, 0, 0, x.dtype)
+    inv_std = np.empty_like(running_var)
+    set_threads(threads)
+    forward(
+        x, gamma, beta, running_mean, running_var, slope, y, running_mean, inv_std, False, 0.0, eps, fused, drop, stream
+    )
+
+
+def batchnorm_backward(
+    dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope, *, activation="identity", alpha=0.0, rate=0.0,
+    seed=0, layer=0, training=1, step=0, first_row=0, threads=1,
+):  # fmt: skip
+    """Gradients of x (N, C), gamma, beta and PReLU's slopes (C,); dx may be dy."""
+    fused, slope = _fused(activation, alpha, slope, gamma)
+    drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
+    if dslope is None:
+        dslope = np.empty_like(gamma)
+    set_threads(threads)
+    backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope, bool(training), fused, drop, stream)
+
+
+register(Impl("batchnorm_forward", "numba", batchnorm_forward))
+register(Impl("batchnorm_inference", "numba", batchnorm_inference))
+register(Impl("batchnorm_backward", "numba", batchnorm_backward))

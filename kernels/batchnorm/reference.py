@@ -7,8 +7,8 @@ the running statistics, ``running = decay * running + (1 - decay) * batch``, the
 N/(N-1). ``decay`` is the weight of the **old** value (Keras' ``momentum``, one minus PyTorch's). A batch of one row is
 normalised with variance 0 and leaves the running statistics alone.
 
-Saved for backward: x, mean and inv_std. u is computed from them again in the same arithmetic, so that a ReLU has the same
-mask in both directions, and dropout draws its mask again. The gradients, and the reason for `_rest`, stand in README.md.
+Saved for backward: x, mean and inv_std. u is computed from them again in the same arithmetic, so that a ReLU has the
+same mask in both directions, and dropout draws its mask again. Gradients, and the reason for `_rest`: README.md.
 
 Numerics: x is centred before it is scaled (the folded form x a + b cancels where |mean| is large), and statistics are
 taken about the mean. float32 sums add row by row here.
@@ -20,9 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
-from fastdl.kernels import registry
-from fastdl.kernels.activations import reference as _activations  # noqa: F401  (declares their ops)
+from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.dropout.reference import dropout_backward, dropout_forward
 from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance, register_op
 
@@ -32,32 +30,22 @@ LOOSE = 16.0
 
 
 # ---------------------------------------------------------------------------------------------- fused activation
-def _activate(name: str, u: np.ndarray, alpha: float, slope: np.ndarray | None) -> None:
-    """u = act(u) in place."""
-    if name == "identity":
-        return
-    spec = registry.spec(f"{name}_forward")
-    extra = (slope,) if "slope" in {a.name for a in spec.arrays} else ()
-    spec.reference(u, *extra, u, **({"alpha": alpha} if spec.params else {}))
+def _is_identity(activation: str | None) -> bool:
+    return activation in (None, "identity")
 
 
 def _activate_backward(
     name: str, dz: np.ndarray, u: np.ndarray, alpha: float, slope: np.ndarray | None, dslope: np.ndarray | None
 ) -> None:
-    """dz = dz * act'(u) in place; u may be overwritten."""
-    if dslope is not None:
-        dslope[...] = 0
-    if name == "identity":
+    """dz = dz act'(u) in place; u is overwritten."""
+    activation = ACTIVATIONS[name]
+    if activation.per_channel:
+        unused = np.empty_like(slope) if dslope is None else dslope
+        activation.pair.backward(dz, u, slope, dz, unused)
         return
-    spec = registry.spec(f"{name}_backward")
-    names = {a.name for a in spec.arrays}
-    if "y" in names:
-        _activate(name, u, alpha, slope)
-    parameters = {"alpha": alpha} if spec.params else {}
-    if "slope" in names:
-        spec.reference(dz, u, slope, dz, np.empty_like(slope) if dslope is None else dslope, **parameters)
-    else:
-        spec.reference(dz, u, dz, **parameters)
+    if activation.saves == "y":
+        activation.forward(u, u, alpha)
+    activation.backward(dz, u, dz, alpha)
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -66,7 +54,7 @@ def _is_loose(mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray:
 
 
 def _rest(d: np.ndarray, mean: np.ndarray, inv_std: np.ndarray) -> np.ndarray | None:
-    """What the stored mean has lost by rounding, from d = x - mean (exact where it matters); None where it is nothing."""
+    """What the stored mean has lost by rounding, from d = x - mean (exact where it matters), or None."""
     loose = _is_loose(mean, inv_std)
     return np.where(loose, np.add.reduce(d, axis=0) / len(d), 0).astype(d.dtype) if loose.any() else None
 
@@ -113,7 +101,7 @@ def batchnorm_forward(
     *,
     decay: float = 0.9,
     eps: float = 1e-5,
-    activation: str = "identity",
+    activation: str | None = "identity",
     alpha: float = 0.0,
     rate: float = 0.0,
     seed: int = 0,
@@ -132,7 +120,8 @@ def batchnorm_forward(
         running_var += ((1 - decay) * m / (m - 1)) * var
     y *= gamma * inv_std
     y += beta
-    _activate(activation, y, alpha, slope)
+    if not _is_identity(activation):
+        ACTIVATIONS[activation].forward(y, y, alpha, slope)
     if rate:
         dropout_forward(y, y, rate=rate, seed=seed, layer=layer, step=step, first_row=first_row)
 
@@ -148,7 +137,7 @@ def batchnorm_inference(
     y: np.ndarray,
     *,
     eps: float = 1e-5,
-    activation: str = "identity",
+    activation: str | None = "identity",
     alpha: float = 0.0,
     threads: int = 1,
 ) -> None:
@@ -158,7 +147,8 @@ def batchnorm_inference(
     np.subtract(x, running_mean, out=y)
     y *= gamma * inv_std
     y += beta
-    _activate(activation, y, alpha, slope)
+    if not _is_identity(activation):
+        ACTIVATIONS[activation].forward(y, y, alpha, slope)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -175,7 +165,7 @@ def batchnorm_backward(
     dbeta: np.ndarray,
     dslope: np.ndarray | None,
     *,
-    activation: str = "identity",
+    activation: str | None = "identity",
     alpha: float = 0.0,
     rate: float = 0.0,
     seed: int = 0,
@@ -197,17 +187,18 @@ def batchnorm_backward(
         d -= rest
     gain = gamma * inv_std
     dz = dy
-    if activation != "identity" or rate:
+    if rate or not _is_identity(activation):
         dz = np.empty_like(dy)
         if rate:
             dropout_backward(dy, dz, rate=rate, seed=seed, layer=layer, step=step, first_row=first_row)
         else:
             dz[...] = dy
-    u = d
-    if activation != "identity":
+    if dslope is not None:
+        dslope[...] = 0
+    if not _is_identity(activation):
         u = d * gain
         u += beta
-    _activate_backward(activation, dz, u, alpha, slope, dslope)
+        _activate_backward(activation, dz, u, alpha, slope, dslope)
 
     np.add.reduce(dz, axis=0, out=dbeta)
     np.einsum("nc,nc->c", dz, d, out=dgamma)
@@ -268,8 +259,20 @@ FUSED: tuple[dict[str, Any], ...] = (
 def _tolerance(sizes: Mapping[str, int]) -> Tolerance:
     return Tolerance(
         ulp=8.0,
-        norm=16.0 + float(np.sqrt(sizes["N"])),
-        why="a dozen roundings an element; sums of N terms added row by row err by about sqrt(N) roundings of their size",
+        norm=(32.0 + 2.0 * float(np.sqrt(sizes["N"]))) * (1.0 + 64.0 / sizes["C"]),
+        why="a dozen roundings an element; sums of N terms, row by row, err by about sqrt(N) roundings of their size; "
+        "among few columns the largest result may be a cancelled one",
+    )
+
+
+def _tolerance_backward(sizes: Mapping[str, int]) -> Tolerance:
+    common = _tolerance(sizes)
+    if sizes["N"] > 4:
+        return common
+    return Tolerance(
+        ulp=8.0,
+        norm=common.norm * (1e6 if sizes["N"] == 2 else 16.0),
+        why="dx is what dz has beside 1 and xhat: with two rows only eps / var of it, with three or four an axis or two",
     )
 
 
@@ -345,7 +348,7 @@ register_op(
         params=(*ACTIVATION, *DROPOUT, Param("training", "int", 1)),
         runtime=("step", "first_row"),
         reference=batchnorm_backward,
-        tolerance=_tolerance,
+        tolerance=_tolerance_backward,
         variants=(*FUSED, {"training": 0}, {"activation": "relu", "training": 0}),
         aliases=(("dy", "dx"),),
         column_local=True,

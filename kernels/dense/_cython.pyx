@@ -16,7 +16,7 @@ cdef extern from "dense/table.h" nogil:
         void* z
         const void* bias
         int64_t rows, cols, k, a_row, a_panel, b_row, c_row, z_row
-        int add, relu
+        int add, padded, relu
 
     ctypedef struct fd_dense_table:
         void (**product)(const fd_dense_block*) noexcept nogil
@@ -148,7 +148,7 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
     cdef int64_t row_share[2]
     cdef int64_t panel_share[2]
     cdef int t = size == 8
-    cdef bint last, by_table = p.activation != IDENTITY and p.activation != RELU
+    cdef bint last, with_z, by_table = p.activation != IDENTITY and p.activation != RELU
     cdef block_product product = table.product_t[t] if p.ta else table.product[t]
     cdef const fd_array* to
     cdef const char* a_block
@@ -192,6 +192,8 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
                 to = p.z if by_table and p.z.data != NULL else p.out
                 block.cols, block.c_row = cols, to.row_stride
                 block.add = k0 > 0
+                with_z = last and not by_table and p.z != NULL and p.z.data != NULL
+                block.padded = to.panel_stride != 32 and (not with_z or p.z.panel_stride != 32)
                 block.bias = NULL
                 if last and p.bias != NULL and p.bias.data != NULL:
                     block.bias = fd_panel_data(p.bias, j)
@@ -202,7 +204,7 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
                     block.rows = min(part, rows - r)
                     block.a = a_block + r * block.a_row * size
                     block.c = at(to, r0 + r, 32 * j)
-                    if last and p.activation == RELU and p.z.data != NULL:
+                    if with_z:
                         block.z, block.z_row = at(p.z, r0 + r, 32 * j), p.z.row_stride
                     else:
                         block.z = NULL

@@ -86,7 +86,8 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
     }
   }
 
-  if (cols < L * NV) {  // the end of an incomplete panel, by way of the stack
+  const bool part_only = cols < L * NV;
+  if (part_only && !p.padded) {  // the end of plain rows, by way of the stack
     T part[MR * NV * L];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -105,8 +106,13 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
   if (p.bias) {
     vec<T> bias[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) bias[v] = load((const T*)p.bias + col + L * v);
+    for (int v = 0; v < NV; v++) bias[v] = load_n((const T*)p.bias + col + L * v, cols - L * v);
     FD_EACH(c[i][v] += bias[v])
+  }
+  if (part_only) {  // the padding of a panel stays 0, whatever 0 * inf left there
+    ivec<T> lane;
+    for (int l = 0; l < L; l++) lane[l] = l;
+    FD_EACH(c[i][v] = lane < cols - L * v ? c[i][v] : vec<T>{})
   }
   if (p.z) {
     T* const z = (T*)p.z + row * p.z_row + col;

@@ -16,8 +16,9 @@ typedef struct {
   const void* bias; /* cols values, or NULL */
   int64_t rows, cols, k;
   int64_t a_row, a_panel, b_row, c_row, z_row;
-  int add;  /* add to what C holds (the K blocks before this one) */
-  int relu; /* y = max(0, z) in registers */
+  int add;     /* add to what C holds (the K blocks before this one) */
+  int padded;  /* C and z are column panels: whole vectors may be written, with zeros beyond cols */
+  int relu;    /* y = max(0, z) in registers */
 } fd_dense_block;
 
 typedef struct {

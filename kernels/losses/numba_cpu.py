@@ -3,9 +3,9 @@
 A call is cut into blocks of 64 rows, each with its own float64 sums, which are added in order. Absent weights and
 gradients come as arrays of size 0, so that one compiled kernel per dtype serves every call.
 
-Sums run in vector lanes because their addition may be reordered (`_add`). A maximum of floats may not (NaN), so rows are
-compared as integers: with the bits of negative numbers flipped, integers are in the order of the floats, and the vector
-unit takes their maximum: 7 times faster. A NaN comes out as NaN, here or from the exponentials.
+Sums run in vector lanes because their addition may be reordered (`_add`). A maximum of floats may not (NaN), so rows
+are compared as integers: with the bits of negative numbers flipped, integers are in the order of the floats, and their
+maximum runs in lanes, 7 times faster. A NaN comes out as NaN, here or from the exponentials.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _add(a, b):
 @point
 def _row_max(bits, flip, slot):
     """Leaves the maximum of a row of floats, given as integers, in slot[0]. flip: all bits but the sign."""
-    best = ~flip
+    best = bits.dtype.type(~flip)
     for i in range(bits.size):
         k = bits[i]
         best = max(best, bits.dtype.type(k if k >= 0 else k ^ flip))
@@ -224,7 +224,7 @@ def _run(
     gain: float = 1.0,
     ordered: bool = False,
 ) -> None:
-    """Run the blocks and add their sums. columns: of the mean; gain: factor of the gradient; ordered: rows need a maximum."""
+    """Run the blocks and add their sums. columns: of the mean; gain: of the gradient; ordered: rows need a maximum."""
     z = inputs[0]
     T, rows = z.dtype.type, len(z)
     if weight is None:
@@ -241,7 +241,7 @@ def _run(
     if ordered:
         slot = np.empty(len(sums), T)
         bits = _integers(slot)
-        extra = np.iinfo(bits.dtype).max, slot, bits
+        extra = bits.dtype.type(np.iinfo(bits.dtype).max), slot, bits
     arguments = (*inputs, weight, dz, np.array([gain * scale / columns], T), *extra)
     if shared:
         set_threads(threads)

@@ -167,6 +167,7 @@ def _spec(op: str, summary: str, targets: Array, reference: object, ulp: float, 
         runtime=("total_rows",),
         tolerance=lambda sizes: Tolerance(ulp=ulp, norm=4.0, why=why),
         no_gradient=("targets", "weight"),
+        aliases=(("z", "dz"),),
         flops=lambda sizes: flops * sizes["N"] * sizes["C"],
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -13,6 +16,14 @@ W0, W1 = np.uint64(philox.W0), np.uint64(philox.W1)
 MASK = np.uint64(philox.MASK)
 HALF = np.uint64(32)
 ROUNDS = philox.ROUNDS
+
+
+def exact_point(function: Callable[..., Any]) -> Any:
+    """A point function whose float operations are each rounded on their own.
+
+    Fast-math is switched off by name: left out, Numba takes it from the kernel that calls.
+    """
+    return numba.njit(error_model="numpy", fastmath=False)(function)
 
 
 # Ten rounds are past LLVM's inlining threshold, and a loop with a call in it is not vectorised: 1.1 ns an element of a

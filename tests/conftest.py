@@ -1,0 +1,168 @@
+"""What all tests share: poisoned memory, seeds from test names, back ends with the reason of a skip, the full matrix."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import sys
+import types
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `contract` is a package of helpers, too
+pytest.register_assert_rewrite("contract.checks")
+
+import fastdl as fd  # noqa: E402
+from fastdl.kernels import dispatch  # noqa: E402
+from fastdl.kernels.common import simd  # noqa: E402
+
+
+# ---------------------------------------------------------------------------------------------- poisoned memory
+class PoisonedNumPy(types.ModuleType):
+    """numpy whose fresh arrays hold NaN (or -1), so that a result which is not fully written shows."""
+
+    def __init__(self) -> None:
+        super().__init__("numpy")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def empty(*args: Any, **kwargs: Any) -> np.ndarray:
+        return _poison(np.empty(*args, **kwargs))
+
+    @staticmethod
+    def empty_like(*args: Any, **kwargs: Any) -> np.ndarray:
+        return _poison(np.empty_like(*args, **kwargs))
+
+
+def _poison(x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind == "f":
+        x.fill(np.nan)
+    elif x.dtype.kind in "iu":
+        x.fill(np.iinfo(x.dtype).max)
+    return x
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """NaN in what fastdl's own Python code allocates; large numbers in what its compiled code takes from malloc.
+
+    Modules that compile with Numba keep numpy itself: Numba reads their globals.
+    """
+    dispatch.backends()
+    poisoned = PoisonedNumPy()
+    changed = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == "fastdl" and getattr(module, "np", None) is np and not _is_compiled(module)
+    ]
+    for module in changed:
+        module.np = poisoned
+    if sys.platform == "linux":
+        M_PERTURB, byte = -6, 0x80  # glibc fills with the complement, 0x7F: 3e38 in float32, 1e306 in float64
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(M_PERTURB, byte)
+    yield
+    for module in changed:
+        module.np = np
+
+
+def _is_compiled(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", "") or ""
+    return not file.endswith(".py") or any("numba" in str(getattr(v, "__module__", "")) for v in vars(module).values())
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+# ---------------------------------------------------------------------------------------------- back ends
+@dataclass(frozen=True)
+class Runner:
+    """A back end, at a SIMD level where it has one."""
+
+    backend: str
+    level: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.level is None else f"{self.backend}-{self.level}"
+
+
+def runners(levels: bool = True) -> list[Any]:
+    """Every back end (with every SIMD level of this CPU, or the best one); those that cannot run are skipped, saying why."""
+    found: list[Any] = []
+    for backend, state in fd.backends().items():
+        if state != "available":
+            found.append(pytest.param(Runner(backend), id=backend, marks=pytest.mark.skip(reason=f"{backend}: {state}")))
+        elif backend == "cython":
+            chosen = simd.levels() if levels else simd.levels()[-1:]
+            found += [pytest.param(Runner(backend, level), id=f"{backend}-{level}") for level in chosen]
+        else:
+            found.append(pytest.param(Runner(backend), id=backend))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``runner``: back ends with all SIMD levels; ``backend``: back ends by name; ``level``: the levels of this CPU."""
+    if "runner" in metafunc.fixturenames:
+        levels = metafunc.definition.get_closest_marker("best_level") is None
+        metafunc.parametrize("runner", runners(levels), indirect=True)
+    if "backend" in metafunc.fixturenames:
+        named = [
+            name if state == "available" else pytest.param(name, marks=pytest.mark.skip(reason=f"{name}: {state}"))
+            for name, state in fd.backends().items()
+        ]
+        metafunc.parametrize("backend", named)
+    if "level" in metafunc.fixturenames:
+        if fd.backends()["cython"] == "available":
+            metafunc.parametrize("level", simd.levels(), indirect=True)
+        else:
+            skip = pytest.mark.skip(reason=f"cython: {fd.backends()['cython']}")
+            metafunc.parametrize("level", [pytest.param("none", marks=skip)], indirect=True)
+
+
+@pytest.fixture
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """A back end, with its SIMD level selected for the test."""
+    chosen = request.param
+    before = simd.level() if chosen.level else None
+    if chosen.level:
+        simd.select(chosen.level)
+    yield chosen
+    if before:
+        simd.select(before)
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A SIMD level, selected for the test."""
+    before = simd.level()
+    simd.select(request.param)
+    yield request.param
+    simd.select(before)
+
+
+# ---------------------------------------------------------------------------------------------- the full matrix
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the whole contract matrix, not the slice for CI")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "best_level: the compiled back end runs at the best SIMD level alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``full`` run with --full or -m full."""
+    if config.getoption("--full") or "full" in (config.getoption("-m") or ""):
+        return
+    out = [item for item in items if item.get_closest_marker("full")]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
