@@ -94,6 +94,11 @@ class OpCase:
         return f"{self.op}{f'#{self.variant}' if self.variant else ''}-{self.shape}"
 
     @property
+    def group(self) -> str:
+        """Which of pytest-benchmark's tables shows it."""
+        return self.spec.family
+
+    @property
     def quick(self) -> bool:
         """Part of the smoke run."""
         return self.shape == "odd"
@@ -103,6 +108,7 @@ class OpCase:
 class ChainCase:
     """Layers as one fused stretch of a Program, forward and backward."""
 
+    group = "chains"
     chain: str
     shape: str
     backend: str
@@ -161,6 +167,7 @@ ENTRIES = ("train_on_batch", "fit")
 class NetCase:
     """One training step of a net."""
 
+    group = "training steps"
     net: str
     entry: str
     backend: str

@@ -71,7 +71,7 @@ def track(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], No
             pytest.skip(str(error))
         seconds, least = (0.0, 2) if smoke else (request.config.getoption("seconds"), 5)
         found = measure(prepared, seconds, least, threads)
-        benchmark.group = case.name
+        benchmark.group = case.group
         benchmark.extra_info.update({"case": identity(case), **found, **machine()})
         repeat = max(1, int(1e-3 / found["seconds"] / prepared.steps))
         benchmark.pedantic(prepared.ours, rounds=PEDANTIC_ROUNDS, iterations=repeat, warmup_rounds=1)
@@ -79,6 +79,7 @@ def track(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], No
     return run
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Ratio and share of the roofline, which pytest-benchmark keeps but does not show."""
     session = config._benchmarksession

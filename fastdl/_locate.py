@@ -43,7 +43,9 @@ def locate() -> None:
             spec.loader.exec_module(module)
             sys.modules["fastdl"].kernels = module
             return
-    raise ImportError("fastdl is not built: run `pip install -e .` in the source tree (FASTDL_PURE=1 to do without a compiler)")
+    raise ImportError(
+        "fastdl is not built: run `pip install -e .` in the source tree (FASTDL_PURE=1 to do without a compiler)"
+    )
 
 
 locate()

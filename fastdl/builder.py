@@ -43,6 +43,13 @@ class Bound:
     dy: Buffer | None = None  # slot
     dx: Buffer | None = None
 
+    def feed(self, x: np.ndarray, targets: np.ndarray, weight: np.ndarray | None) -> None:
+        """Bind the caller's arrays: a data set or one batch."""
+        self.executor.slot(self.x, x)
+        self.executor.slot(self.targets, targets)
+        if weight is not None:
+            self.executor.slot(self.weight, weight)
+
 
 class Builder:
     """Traces a model's layers into Programs and keeps its memory.
@@ -219,9 +226,7 @@ class Builder:
         program = Program(name, rows, calls, self.dtype.itemsize)
         return fuse(program, memory.panel_layout) if fused else program
 
-    def bound(
-        self, made: tuple[Program, dict[str, Any]], memory: Memory, backend: str, threads: int
-    ) -> Bound:
+    def bound(self, made: tuple[Program, dict[str, Any]], memory: Memory, backend: str, threads: int) -> Bound:
         """Bind a Program that this builder made."""
         program, found = made
         keep = [b for b in (found["y"], found.get("dx")) if b is not None]

@@ -78,7 +78,12 @@ def writable(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def output(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype, inputs: dict[str, np.ndarray | None], alias: str = "", name: str = "out"
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    inputs: dict[str, np.ndarray | None],
+    alias: str = "",
+    name: str = "out",
 ) -> np.ndarray:
     """Check ``out=`` or allocate it.
 

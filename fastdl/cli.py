@@ -9,6 +9,7 @@ import argparse
 import csv
 import errno
 import importlib.metadata
+import os
 import pathlib
 import platform
 import re
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output has seen enough; the interpreter must not flush into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (FastdlError, ValueError) as error:
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dropout", type=float, default=0.2, help="probability to drop a hidden value")
     train.add_argument("--optimizer", default="adam", help="sgd, adam or adamw")
     train.add_argument("--lr", type=float, default=3e-3, help="learning rate")
-    train.add_argument("--epochs", type=int, default=40)
+    train.add_argument("--epochs", type=int, default=30)
     train.add_argument("--batch-size", type=int, default=64)
     train.add_argument("--seed", type=int, default=0, help="of weights, dropout and order; not of the held-out rows")
     train.add_argument("--dtype", choices=("float32", "float64"), default="float32")
@@ -174,7 +178,7 @@ def _file(options: argparse.Namespace) -> Problem:
     return Problem(fitted, fitted.features(table, options.dtype), fitted.targets(table, options.dtype), train, held)
 
 
-def _net(options: argparse.Namespace, problem: Problem, backend: str) -> fd.Sequential:
+def _net(options: argparse.Namespace, problem: Problem, backend: str, threads: int | str) -> fd.Sequential:
     stack: list[layers.Layer] = []
     for width in options.layers:
         stack += [layers.Dense(width, use_bias=False), layers.BatchNorm(), layers.Activation(options.activation)]
@@ -185,7 +189,7 @@ def _net(options: argparse.Namespace, problem: Problem, backend: str) -> fd.Sequ
         loss="mse" if problem.preprocessing.classes is None else "softmax_cross_entropy",
         optimizer=optimizers.from_config({"name": options.optimizer, "lr": options.lr}),
         backend=backend,
-        threads=options.threads,
+        threads=threads,
         dtype=options.dtype,
     )
     return net.build(problem.X.shape[1])
@@ -214,7 +218,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.save and not pathlib.Path(options.save).absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder does not exist", options.save)  # now, not after the training
     problem = _digits(options) if options.data == "digits" else _file(options)
-    net = _net(options, problem, options.backend)
+    net = _net(options, problem, options.backend, options.threads)
     train = {"X": problem.X[problem.train], "y": problem.y[problem.train], "batch_size": options.batch_size}
     if not options.quiet:
         print(f"data {options.data}: {problem}")
@@ -228,7 +232,8 @@ def _train(options: argparse.Namespace) -> None:
     print(f"seconds {seconds:.2f}")
     if net.backend != "numpy" and not options.no_baseline:
         baseline = Stopwatch(BASELINE_SECONDS)
-        _net(options, problem, "numpy").fit(**train, epochs=BASELINE_EPOCHS, callbacks=[baseline], verbose=0)
+        slow = _net(options, problem, "numpy", net.threads)
+        slow.fit(**train, epochs=BASELINE_EPOCHS, callbacks=[baseline], verbose=0)
         print(f"ratio to the numpy back end {baseline.median() / watch.median():.1f}")
     print(f"weights sha256 {checkpoint.digest(dict(net.weights))}")
     if options.save:

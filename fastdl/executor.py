@@ -320,9 +320,7 @@ class NativeExecutor(Executor):
     def run(self, run: Run, *phases: str) -> None:
         native = self.native
         first, last = self._heads(phases or PHASES)
-        native.run(
-            first, last, run.rows, run.step, run.epoch, run.first_row, run.total_rows, run.lr, run.offset
-        )
+        native.run(first, last, run.rows, run.step, run.epoch, run.first_row, run.total_rows, run.lr, run.offset)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         native = self.native

@@ -81,7 +81,9 @@ def _absorb(
 ) -> Program:
     swaps: dict[Call, Call | None] = dict.fromkeys(absorbed)
     swaps[norm] = replace(norm, buffers={**norm.buffers, "y": y, "slope": slope}, params=params)
-    backward = next((c for c in program.calls if c.op == "batchnorm_backward" and c.buffers["x"] is norm.buffers["x"]), None)
+    backward = next(
+        (c for c in program.calls if c.op == "batchnorm_backward" and c.buffers["x"] is norm.buffers["x"]), None
+    )
     if backward is not None:
         chain = [_backward_of(program, c) for c in absorbed]
         if None in chain:

@@ -7,9 +7,22 @@ from typing import Any
 import numpy as np
 
 
+def whole_number(value: Any, what: str, least: int = 1) -> int:
+    """An int of at least ``least``, or an error that names the setting."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{what}: expected an integer of at least {least}, found {value!r}")
+    return int(value)
+
+
 def as_matrix(value: Any, dtype: Any, name: str) -> np.ndarray:
     """(N, features) in rows, of the model's dtype; no copy when it is so already."""
-    if type(value) is np.ndarray and value.dtype == dtype and value.ndim == 2 and value.flags.c_contiguous and value.size:
+    if (
+        type(value) is np.ndarray
+        and value.dtype == dtype
+        and value.ndim == 2
+        and value.flags.c_contiguous
+        and value.size
+    ):
         return value
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
@@ -41,7 +54,9 @@ def split_validation(
     """Hold out the last rows."""
     held = int(X.shape[0] * share)
     if held == 0 or held == X.shape[0]:
-        raise ValueError(f"validation_split={share}: {X.shape[0]} rows leave one side empty; use more rows or another share")
+        raise ValueError(
+            f"validation_split={share}: {X.shape[0]} rows leave one side empty; use more rows or another share"
+        )
     cut = X.shape[0] - held
     validation: tuple[Any, ...] = (X[cut:], targets[cut:])
     if weight is not None:

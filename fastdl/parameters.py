@@ -82,8 +82,9 @@ class Arena:
         view = self.view(name, arena)
         return view.unpack() if isinstance(view, Panels) else view.copy()
 
-    def write(self, name: str, value: np.ndarray) -> None:
-        view = self.view(name)
+    def write(self, name: str, value: np.ndarray, arena: np.ndarray | None = None) -> None:
+        """Copy a plain tensor in."""
+        view = self.view(name, arena)
         if isinstance(view, Panels):
             view.fill_from(value)
         else:

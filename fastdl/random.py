@@ -87,6 +87,11 @@ def permutation(n: int, seed: int, epoch: int = 0, *, backend: str | None = None
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise ValueError(f"n: expected an integer of at least 1, found {n!r}")
     index = np.empty(int(n), np.int64)
-    arguments = {"n": int(n), "seed": checks.whole(seed, "seed", 64), "epoch": checks.whole(epoch, "epoch"), "offset": 0}
+    arguments = {
+        "n": int(n),
+        "seed": checks.whole(seed, "seed", 64),
+        "epoch": checks.whole(epoch, "epoch"),
+        "offset": 0,
+    }
     dispatch.run("epoch_indices", index, backend=config.resolve_backend(backend), **arguments)
     return index

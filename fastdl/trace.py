@@ -81,7 +81,9 @@ class Trace:
         self._stochastic += 1
         return self._stochastic - 1
 
-    def call(self, op: str, params: dict[str, Any] | None = None, phase: str = "forward", **buffers: Buffer | None) -> Call:
+    def call(
+        self, op: str, params: dict[str, Any] | None = None, phase: str = "forward", **buffers: Buffer | None
+    ) -> Call:
         """Append a call; a forward call with gradients is remembered for `backward`."""
         made = Call(op, buffers, params or {}, phase)
         self.calls.append(made)
@@ -120,7 +122,9 @@ class Trace:
                 buffer = forward.buffers.get(array.name)
                 if buffer is not None and array.role == "in" and buffer.kind == "batch":
                     if buffer in known:
-                        raise ValueError(f"{buffer.name} has more than one reader; its gradients would have to be added")
+                        raise ValueError(
+                            f"{buffer.name} has more than one reader; its gradients would have to be added"
+                        )
                     known.add(buffer)
 
     def _backward_call(self, forward: Call, spec: registry.OpSpec, stop: Buffer | None) -> None:
@@ -147,4 +151,3 @@ class Trace:
         count = self._names.get(name, 0)
         self._names[name] = count + 1
         return name if not count else f"{name}.{count}"
-

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdl.builder import Bound
 from fastdl.callbacks import Callback
 from fastdl.executor import Executor, Run
 
@@ -113,15 +114,18 @@ def _epoch(
 
 
 def evaluate_batches(
-    executor: Executor, slots: dict[Any, np.ndarray], count: int, batch: int
+    bound: Bound, X: np.ndarray, targets: np.ndarray, weight: np.ndarray | None, batch: int
 ) -> tuple[float, float, float]:
     """Sum of loss * weight, sum of weights, correct predictions, over a data set in order."""
-    total = np.zeros(3)
-    for start in range(0, count, batch):
-        rows = min(batch, count - start)
-        for slot, array in slots.items():
-            executor.slot(slot, array[start : start + rows])
-        executor.run(Run(rows=rows, total_rows=rows))
-        loss, weight, correct = executor.stored(executor.stats)
-        total += (loss * weight, weight, correct)
+    total, executor = np.zeros(3), bound.executor
+    for start in range(0, X.shape[0], batch):
+        rows = slice(start, start + batch)
+        bound.feed(X[rows], targets[rows], None if weight is None else weight[rows])
+        count = X[rows].shape[0]
+        executor.run(Run(rows=count, total_rows=count))
+        loss, mass, correct = executor.stored(executor.stats)
+        if mass:  # a batch of zero weights has no mean
+            total += (loss * mass, mass, correct)
+        else:
+            total[2] += correct
     return float(total[0]), float(total[1]), float(total[2])

@@ -152,7 +152,9 @@ class Marshaller:
         try:
             return impl.native[name]
         except KeyError:
-            raise TypeError(f"{impl.op}: expected dtype float32 or float64, found {name}; convert with astype") from None
+            raise TypeError(
+                f"{impl.op}: expected dtype float32 or float64, found {name}; convert with astype"
+            ) from None
 
 
 def _as_int(kind: str, value: Any) -> int:

@@ -100,7 +100,9 @@ def runners(levels: bool = True) -> list[Any]:
     found: list[Any] = []
     for backend, state in fd.backends().items():
         if state != "available":
-            found.append(pytest.param(Runner(backend), id=backend, marks=pytest.mark.skip(reason=f"{backend}: {state}")))
+            found.append(
+                pytest.param(Runner(backend), id=backend, marks=pytest.mark.skip(reason=f"{backend}: {state}"))
+            )
         elif backend == "cython":
             chosen = simd.levels() if levels else simd.levels()[-1:]
             found += [pytest.param(Runner(backend, level), id=f"{backend}-{level}") for level in chosen]

@@ -59,7 +59,9 @@ def test_binary_cross_entropy(backend: str) -> None:
     rng = np.random.default_rng(0)
     X = rng.standard_normal((200, 2)).astype(np.float32)
     y = (X[:, 0] > X[:, 1]).astype(float)
-    net = fd.Sequential([layers.Dense(1)], seed=0).compile("binary_cross_entropy", fd.optimizers.Adam(0.1), backend=backend)
+    net = fd.Sequential([layers.Dense(1)], seed=0).compile(
+        "binary_cross_entropy", fd.optimizers.Adam(0.1), backend=backend
+    )
     net.fit(X, y, batch_size=40, epochs=20, verbose=0)
     assert net.evaluate(X, y)["accuracy"] > 0.97
 

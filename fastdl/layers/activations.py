@@ -99,7 +99,7 @@ for _name, _info in ACTIVATIONS.items():
         BY_NAME[_name] = globals()[_info.layer] = _make(_name)
 
 
-def Activation(name: str) -> Layer:  # noqa: N802  (reads as a layer)
+def Activation(name: str) -> Layer:
     """The layer of an activation with its default settings.
 
     Raises

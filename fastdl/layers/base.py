@@ -59,5 +59,7 @@ def from_config(config: dict[str, Any]) -> Layer:
 def width_of(x: Buffer, layer: str) -> int:
     """Number of features of a batch buffer."""
     if len(x.shape) != 1:
-        raise ValueError(f"{layer}: expected an input of shape (N, features), found (N, {', '.join(map(str, x.shape))})")
+        raise ValueError(
+            f"{layer}: expected an input of shape (N, features), found (N, {', '.join(map(str, x.shape))})"
+        )
     return x.shape[0]

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastdl import initializers
 from fastdl.initializers import Initializer
+from fastdl.inputs import whole_number
 from fastdl.kernels.common import philox
 from fastdl.layers.base import Layer, width_of
 from fastdl.program import Buffer
 from fastdl.trace import Trace
-
-
-def whole_number(value: Any, what: str, least: int = 1) -> int:
-    """An int of at least ``least``, or an error that names the setting."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what}: expected an integer of at least {least}, found {value!r}")
-    return value
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,7 +45,7 @@ class Dense(Layer):
     def __post_init__(self) -> None:
         from fastdl.layers.activations import Activation
 
-        whole_number(self.units, "Dense units")
+        self.units = whole_number(self.units, "Dense units")
         if self.activation is not None:
             Activation(self.activation)
         self.kernel_initializer = initializers.get(self.kernel_initializer)

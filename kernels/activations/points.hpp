@@ -66,7 +66,7 @@ FD_POINT(sigmoid) {
   // e^-|x| never overflows, and the small side keeps its relative accuracy
   static FD_INLINE V value(V x, V) {
     const V e = exp_(-abs_(x));
-    return divide_(x < V{} ? e : splat(T(1)), e + T(1));
+    return (x < V{} ? e : splat(T(1))) / (e + T(1));
   }
   static FD_INLINE V backward(V dy, V y, V) { return dy * (y * (T(1) - y)); }
 };

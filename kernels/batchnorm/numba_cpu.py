@@ -31,7 +31,24 @@ helper = numba.njit(error_model="numpy", fastmath=FASTMATH, forceinline=True)
 
 # ------------------------------------------------------------------------------------------------ statistics
 @helper
-def _moments(x, first, w, shift, p1, p2, s1, s2):
+def _add_four(a, b, d, e, shift, p1, p2):
+    for c in range(len(p1)):
+        k = shift[c]
+        s, t, u, v = a[c] - k, b[c] - k, d[c] - k, e[c] - k
+        p1[c] += (s + t) + (u + v)
+        p2[c] += (s * s + t * t) + (u * u + v * v)
+
+
+@helper
+def _add_one(a, shift, p1, p2):
+    for c in range(len(p1)):
+        s = a[c] - shift[c]
+        p1[c] += s
+        p2[c] += s * s
+
+
+@helper
+def _moments(x, here, shift, p1, p2, s1, s2):
     """s1, s2 = sums over the rows of x - shift and of its square."""
     rows = x.shape[0]
     s1[:], s2[:] = 0.0, 0.0
@@ -40,36 +57,29 @@ def _moments(x, first, w, shift, p1, p2, s1, s2):
         p1[:], p2[:] = 0, 0
         whole = r0 + (r1 - r0) // 4 * 4
         for r in range(r0, whole, 4):
-            for c in range(w):
-                a, b = x[r, first + c] - shift[c], x[r + 1, first + c] - shift[c]
-                d, e = x[r + 2, first + c] - shift[c], x[r + 3, first + c] - shift[c]
-                p1[c] += (a + b) + (d + e)
-                p2[c] += (a * a + b * b) + (d * d + e * e)
+            _add_four(x[r, here], x[r + 1, here], x[r + 2, here], x[r + 3, here], shift, p1, p2)
         for r in range(whole, r1):
-            for c in range(w):
-                a = x[r, first + c] - shift[c]
-                p1[c] += a
-                p2[c] += a * a
-        for c in range(w):
+            _add_one(x[r, here], shift, p1, p2)
+        for c in range(len(s1)):
             s1[c] += p1[c]
             s2[c] += p2[c]
 
 
 @helper
-def _statistics(x, first, w, mean, var):
+def _statistics(x, here, mean, var):
     """Mean and biased variance of a task's columns in float64: one pass shifted by the mean of the first rows, and a
     second one, shifted by the mean, where the first shift was more than two deviations off."""
-    rows = x.shape[0]
+    rows, w = x.shape[0], len(mean)
     some = min(rows, 8)
     shift, p1, p2 = np.empty(w, x.dtype), np.empty(w, x.dtype), np.empty(w, x.dtype)
     s1 = np.empty(w)
     for c in range(w):
         total = x.dtype.type(0)
         for r in range(some):
-            total += x[r, first + c] / x.dtype.type(some)
+            total += x[r, here.start + c] / x.dtype.type(some)
         shift[c] = total if np.isfinite(total) else x.dtype.type(0)
     for _ in range(2):
-        _moments(x, first, w, shift, p1, p2, s1, var)
+        _moments(x, here, shift, p1, p2, s1, var)
         again = False
         for c in range(w):
             d = s1[c] / rows
@@ -140,22 +150,39 @@ def _activate_backward(kind, dz, u, alpha, slope, dslope):
 
 
 @helper
-def _add(dz, x, mean, p1, p2):
-    for c in range(len(dz)):
+def _sum_four(dz, x, r, here, mean, p1, p2):
+    _sum_rows(
+        dz[r, here], dz[r + 1, here], dz[r + 2, here], dz[r + 3, here],
+        x[r, here], x[r + 1, here], x[r + 2, here], x[r + 3, here], mean, p1, p2,
+    )  # fmt: skip
+
+
+@helper
+def _sum_rows(a, b, d, e, s, t, u, v, mean, p1, p2):
+    for c in range(len(p1)):
+        k = mean[c]
+        p1[c] += (a[c] + b[c]) + (d[c] + e[c])
+        p2[c] += (a[c] * (s[c] - k) + b[c] * (t[c] - k)) + (d[c] * (u[c] - k) + e[c] * (v[c] - k))
+
+
+@helper
+def _sum_one(dz, x, mean, p1, p2):
+    for c in range(len(p1)):
         p1[c] += dz[c]
         p2[c] += dz[c] * (x[c] - mean[c])
 
 
 @helper
-def _finish(dx, x, mean, gain, along, across):
-    """dx = (dz - (x - mean) along - across) gain, dz in dx."""
+def _finish(dz, x, mean, gain, along, across, dx):
     for c in range(len(dx)):
-        dx[c] = (dx[c] - (x[c] - mean[c]) * along[c] - across[c]) * gain[c]
+        dx[c] = (dz[c] - (x[c] - mean[c]) * along[c] - across[c]) * gain[c]
 
 
 # ------------------------------------------------------------------------------------------------ kernels
 @parallel_kernel
-def forward(x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, training, decay, eps, fused, drop, stream):
+def forward(
+    x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, training, decay, eps, fused, drop, stream
+):
     """Training: statistics of x into mean and inv_std; else mean is given and inv_std comes from running_var."""
     rows, cols = x.shape
     kind, alpha = fused
@@ -167,7 +194,7 @@ def forward(x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, 
         here = slice(first, first + w)
         exact, var = np.empty(w), np.empty(w)
         if training:
-            _statistics(x, first, w, exact, var)
+            _statistics(x, here, exact, var)
             for c in range(w):
                 mean[first + c] = exact[c]
             if rows > 1:  # one row says nothing about the spread
@@ -195,7 +222,10 @@ def forward(x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std, 
 
 
 @parallel_kernel
-def backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope, training, fused, drop, stream):
+def backward(
+    dy, x, gamma, beta, mean, inv_std, slope, dz, dx, dgamma, dbeta, dslope, training, fresh, fused, drop, stream
+):
+    """dz is formed in dx (fresh), or is dy."""
     rows, cols = x.shape
     kind, alpha = fused
     last, scale = drop
@@ -210,7 +240,7 @@ def backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope
             exact[c] = mean[first + c]
             loose |= _is_loose(mean[first + c], inv_std[first + c])
         if training and loose:
-            _statistics(x, first, w, exact, s1)  # the float64 mean again
+            _statistics(x, here, exact, s1)  # the float64 mean again
         gain, shift, rest = np.empty(w, x.dtype), np.empty(w, x.dtype), np.empty(w, x.dtype)
         _affine(gamma[here], beta[here], mean[here], inv_std[here], exact, gain, shift, rest)
         words = np.empty((w + 7) // 8 * 4, np.uint32)
@@ -218,21 +248,27 @@ def backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope
         u, p1, p2 = np.empty(w, x.dtype), np.zeros(w, x.dtype), np.zeros(w, x.dtype)
         dslope[here] = 0
         s1[:] = 0.0
-        for r in range(rows):
-            dz = dx[r, here]
-            dz[:] = dy[r, here]
-            if last >= 0:
-                _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
-                _drop(dz, lanes, last, scale)
-            if kind != IDENTITY:
-                _normalise(x[r, here], mean[here], gain, shift, u)
-                _activate_backward(kind, dz, u, alpha, slope[here], dslope[here])
-            _add(dz, x[r, here], mean[here], p1, p2)
-            if (r + 1) % SPAN == 0 or r == rows - 1:
-                for c in range(w):
-                    s1[c] += p1[c]
-                    s2[c] += p2[c]
-                p1[:], p2[:] = 0, 0
+        for r0 in range(0, rows, SPAN):
+            r1 = min(rows, r0 + SPAN)
+            whole = r0 + (r1 - r0) // 4 * 4
+            p1[:], p2[:] = 0, 0
+            for r in range(r0, r1):
+                if fresh:
+                    row = dz[r, here]
+                    row[:] = dy[r, here]
+                    if last >= 0:
+                        _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
+                        _drop(row, lanes, last, scale)
+                    if kind != IDENTITY:
+                        _normalise(x[r, here], mean[here], gain, shift, u)
+                        _activate_backward(kind, row, u, alpha, slope[here], dslope[here])
+                if r < whole and r % 4 == 3:
+                    _sum_four(dz, x, r - 3, here, mean[here], p1, p2)
+                elif r >= whole:
+                    _sum_one(dz[r, here], x[r, here], mean[here], p1, p2)
+            for c in range(w):
+                s1[c] += p1[c]
+                s2[c] += p2[c]
         along, across = np.zeros(w, x.dtype), np.zeros(w, x.dtype)
         for c in range(w):
             total = (s2[c] - rest[c] * s1[c]) * inv_std[first + c]  # xhat = (x - mean - rest) inv_std
@@ -242,7 +278,7 @@ def backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope
                 along[c] = total * inv_std[first + c] / rows
                 across[c] = (s1[c] - total * inv_std[first + c] * rest[c]) / rows
         for r in range(rows):
-            _finish(dx[r, here], x[r, here], mean[here], gain, along, across)
+            _finish(dz[r, here], x[r, here], mean[here], gain, along, across, dx[r, here])
 
 
 # ------------------------------------------------------------------------------------------------ launchers
@@ -292,8 +328,28 @@ def batchnorm_backward(
     drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
     if dslope is None:
         dslope = np.empty_like(gamma)
+    fresh = fused[0] != IDENTITY or rate > 0
+    dz = dx if fresh else dy
     set_threads(threads)
-    backward(dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope, bool(training), fused, drop, stream)
+    backward(
+        dy,
+        x,
+        gamma,
+        beta,
+        mean,
+        inv_std,
+        slope,
+        dz,
+        dx,
+        dgamma,
+        dbeta,
+        dslope,
+        bool(training),
+        fresh,
+        fused,
+        drop,
+        stream,
+    )
 
 
 register(Impl("batchnorm_forward", "numba", batchnorm_forward))

@@ -58,19 +58,6 @@ FD_INLINE vec<float> power_of_2_(vec<float> k) {
 #endif
 }
 
-// a / b within 1 ulp for |b| in [2^-60, 2^60]. A division of 16 floats takes 10 to 16 cycles and holds up everything around
-// it; an estimate of 14 bits, one Newton step and one correction (FMA, by contraction) take 3.
-FD_INLINE vec<float> divide_(vec<float> a, vec<float> b) {
-#if FD_LEVEL == FD_AVX512
-  vec<float> r = (vec<float>)_mm512_rcp14_ps((__m512)b);
-  r = r + r * (1.0f - b * r);
-  const vec<float> y = a * r;
-  return y + r * (a - b * y);
-#else
-  return a / b;
-#endif
-}
-
 // x = k ln2 + r with |r| <= ln2 / 2, for |x| <= 2^20; ln2 in two pieces, the first of 9 bits: k times it is exact.
 FD_INLINE vec<float> reduce_ln2_(vec<float> x, vec<float>& k) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -155,7 +142,7 @@ FD_INLINE vec<float> tanh_(vec<float> x) {
   const vec<float> r = reduce_ln2_(t, k), p = (exp_polynomial_(r) * r) * r + r;
   const vec<float> power = power_of_2_(k);
   const vec<float> u = power * p + (power - 1.0f);  // k = 0: p
-  return copysign_(divide_(u, u + 2.0f), x);
+  return copysign_(u / (u + 2.0f), x);
 }
 
 // erf(x), 1.2 ulp: x + x P(x^2) below 0.9 (1e-8), 1 - e^(t Q(t)) above (3e-9), t = |x|
@@ -181,7 +168,7 @@ FD_INLINE vec<float> normal_cdf_(vec<float> x, vec<float>& density) {
   const vec<float> p = (((4.04752698e-3f * u + 4.0184401e-2f) * u + 1.81925103e-1f) * u + 4.36559886e-1f) * u + 0.5f;
   vec<float> q = (1.01455143e-2f * u + 1.00734301e-1f) * u + 4.66005683e-1f;
   q = ((q * u + 1.1971153f) * u + 1.67100453f) * u + 1.0f;
-  const vec<float> tail = e * divide_(p, q);
+  const vec<float> tail = e * (p / q);
   density = e * 0.39894228f;
   return x > 0.0f ? 1.0f - tail : tail;
 }
@@ -242,7 +229,6 @@ FD_INLINE vec<float> cos_(vec<float> x) {
     for (int i = 0; i < lanes<double>; i++) x[i] = __builtin_##function(x[i]);    \
     return x;                                                                     \
   }
-FD_INLINE vec<double> divide_(vec<double> a, vec<double> b) { return a / b; }
 FD_LIBM(exp_, exp)
 FD_LIBM(expm1_, expm1)
 FD_LIBM(log_, log)

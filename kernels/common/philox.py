@@ -57,7 +57,9 @@ def threshold(rate: float) -> int:
         raise ValueError(f"rate is the probability to drop: expected 0 <= rate < 1, found {rate!r}")
     kept = math.floor((1.0 - rate) * 65536.0 + 0.5)
     if kept == 0:
-        raise ValueError(f"rate {rate!r} drops every element: keep probabilities come in steps of 2^-16, use rate <= 0.99999")
+        raise ValueError(
+            f"rate {rate!r} drops every element: keep probabilities come in steps of 2^-16, use rate <= 0.99999"
+        )
     return kept
 
 

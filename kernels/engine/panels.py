@@ -46,8 +46,8 @@ class Panels:
 
     def unpack(self) -> np.ndarray:
         """A copy in plain rows."""
-        rows = np.ascontiguousarray(self.data[:, : self.rows].transpose(1, 0, 2)).reshape(self.rows, -1)
-        return np.ascontiguousarray(rows[:, : self.cols])
+        rows = self.data[:, : self.rows].transpose(1, 0, 2).reshape(self.rows, -1)
+        return rows[:, : self.cols].copy()  # one row or one panel is a view up to here
 
     def fill_from(self, plain: np.ndarray) -> None:
         """Copy a plain matrix in; the padding becomes zero."""

@@ -10,10 +10,13 @@ namespace FD_NS {
 // Bytes asked for ahead of the copy: a memory latency (100 ns) at 10 to 20 GB/s, in whole rows.
 constexpr int64_t AHEAD = 2048;
 constexpr int64_t LINE = 64;
-// Rows that are spread over panels together, so that a panel is written in runs of 1 KiB.
-constexpr int64_t GROUP = 16;
+// Rows that are spread over panels together, so that a panel is written in runs of four lines or more: 784
+// columns in 45 us, row by row 70 us, eight rows 53 us.
+constexpr int64_t GROUP = 4;
 
-FD_INLINE void copy(char* to, const char* from, int64_t bytes) {
+// Copies `bytes` and asks for as many of `next`.
+FD_INLINE void copy(char* to, const char* from, const char* next, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += LINE) __builtin_prefetch(next + b);
   const int64_t words = bytes / 4;  // elements have 4 or 8 bytes
   int64_t i = 0;
   for (; i + lanes<uint32_t> <= words; i += lanes<uint32_t>) store((uint32_t*)to + i, load((const uint32_t*)from + i));
@@ -22,19 +25,23 @@ FD_INLINE void copy(char* to, const char* from, int64_t bytes) {
 
 static void rows(const char* source, int64_t source_row, int64_t source_piece, const int64_t* index, char* out,
                  int64_t out_row, int64_t out_piece, int64_t rows, int64_t pieces, int64_t piece, int64_t last, int64_t pad) {
-  const int64_t group = pieces > 1 ? GROUP : 1;
   int64_t ahead = 1 + AHEAD / ((pieces - 1) * piece + last + 1);
-  if (ahead < group) ahead = group;
-  for (int64_t top = 0; top < rows; top += group) {
-    const int64_t end = top + group < rows ? top + group : rows;
+  if (pieces == 1 && !pad) {
+    for (int64_t i = 0; i < rows; i++)
+      copy(out + i * out_row, source + index[i] * source_row, source + index[i + ahead < rows ? i + ahead : i] * source_row, last);
+    return;
+  }
+  if (ahead < GROUP) ahead = GROUP;
+  for (int64_t top = 0; top < rows; top += GROUP) {
+    const int64_t end = top + GROUP < rows ? top + GROUP : rows;
     for (int64_t k = 0; k < pieces; k++) {
-      const int64_t bytes = k + 1 < pieces ? piece : last;
+      const char* column = source + k * source_piece;
       for (int64_t i = top; i < end; i++) {
-        const char* next = source + index[i + ahead < rows ? i + ahead : i] * source_row + k * source_piece;
         char* to = out + i * out_row + k * out_piece;
-        for (int64_t b = 0; b < bytes; b += LINE) __builtin_prefetch(next + b);
-        copy(to, source + index[i] * source_row + k * source_piece, bytes);
-        if (pad && k + 1 == pieces) __builtin_memset(to + last, 0, pad);
+        const char* next = column + index[i + ahead < rows ? i + ahead : i] * source_row;
+        if (k + 1 < pieces) copy(to, column + index[i] * source_row, next, piece);
+        else copy(to, column + index[i] * source_row, next, last);
+        if (k + 1 == pieces && pad) __builtin_memset(to + last, 0, pad);
       }
     }
   }

@@ -8,7 +8,6 @@ from fastdl.kernels.common.numba_cpu import parallel_kernel, serial_kernel, set_
 from fastdl.kernels.registry import Impl, register
 
 
-@parallel_kernel
 def copy_rows(source, index, out):
     for i in numba.prange(index.shape[0]):
         row = index[i]
@@ -16,22 +15,32 @@ def copy_rows(source, index, out):
             out[i, c] = source[row, c]
 
 
-@parallel_kernel
 def copy_elements(source, index, out):
     for i in numba.prange(index.shape[0]):
         out[i] = source[index[i]]
 
 
+# A parallel region costs 1 us, as much as a small batch itself: one thread runs the same loop without.
+serial_rows, parallel_rows = serial_kernel(copy_rows), parallel_kernel(copy_rows)
+serial_elements, parallel_elements = serial_kernel(copy_elements), parallel_kernel(copy_elements)
+
+
 def gather_rows(source, index, out, *, threads=1):
     """out[i] = source[index[i]] for rows."""
+    if threads == 1:
+        serial_rows(source, index, out)
+        return
     set_threads(threads)
-    copy_rows(source, index, out)
+    parallel_rows(source, index, out)
 
 
 def gather_elements(source, index, out, *, threads=1):
     """out[i] = source[index[i]] for single values."""
+    if threads == 1:
+        serial_elements(source, index, out)
+        return
     set_threads(threads)
-    copy_elements(source, index, out)
+    parallel_elements(source, index, out)
 
 
 @serial_kernel

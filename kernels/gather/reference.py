@@ -28,7 +28,9 @@ def row_range(index: np.ndarray, *, offset: int = 0, threads: int = 1) -> None:
     index[...] = np.arange(offset, offset + len(index))
 
 
-def _source_labels(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, made: Mapping[str, Any]) -> np.ndarray:
+def _source_labels(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, made: Mapping[str, Any]
+) -> np.ndarray:
     return rng.integers(0, 10, shape)
 
 

@@ -34,7 +34,12 @@ UNIFORM, NORMAL, TRUNCATED = 0, 1, 2
 def fill_words(counter, k0, k1, out):
     for i in numba.prange(counter.shape[0]):
         words = words_of(
-            np.uint64(counter[i, 0]), np.uint64(counter[i, 1]), np.uint64(counter[i, 2]), np.uint64(counter[i, 3]), k0, k1
+            np.uint64(counter[i, 0]),
+            np.uint64(counter[i, 1]),
+            np.uint64(counter[i, 2]),
+            np.uint64(counter[i, 3]),
+            k0,
+            k1,
         )
         for k in range(4):
             out[i, k] = np.uint32(words[k])

@@ -108,7 +108,9 @@ def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return left << low | right
 
 
-def epoch_indices(index: np.ndarray, *, n: int, seed: int = 0, epoch: int = 0, offset: int = 0, threads: int = 1) -> None:
+def epoch_indices(
+    index: np.ndarray, *, n: int, seed: int = 0, epoch: int = 0, offset: int = 0, threads: int = 1
+) -> None:
     """Write positions offset .. offset + N of the epoch's permutation of n to index (N); positions count modulo n."""
     keys = round_keys(seed, epoch)
     for a in range(0, len(index), CHUNK):
@@ -171,7 +173,13 @@ def quantile(p: np.ndarray) -> np.ndarray:
 
 
 def uniform(
-    out: np.ndarray, *, low: float = 0.0, high: float = 1.0, seed: int = 0, layer: int = philox.INITIAL_LAYER, threads: int = 1
+    out: np.ndarray,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    seed: int = 0,
+    layer: int = philox.INITIAL_LAYER,
+    threads: int = 1,
 ) -> None:
     """Fill out (P) with low + (high - low) u; rounding may give an end of the interval itself."""
     for a in range(0, len(out), CHUNK):
@@ -180,7 +188,13 @@ def uniform(
 
 
 def normal(
-    out: np.ndarray, *, mean: float = 0.0, std: float = 1.0, seed: int = 0, layer: int = philox.INITIAL_LAYER, threads: int = 1
+    out: np.ndarray,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    seed: int = 0,
+    layer: int = philox.INITIAL_LAYER,
+    threads: int = 1,
 ) -> None:
     """Fill out (P) with mean + std z, z standard normal."""
     for a in range(0, len(out), CHUNK):
@@ -189,7 +203,13 @@ def normal(
 
 
 def truncated_normal(
-    out: np.ndarray, *, mean: float = 0.0, std: float = 1.0, seed: int = 0, layer: int = philox.INITIAL_LAYER, threads: int = 1
+    out: np.ndarray,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    seed: int = 0,
+    layer: int = philox.INITIAL_LAYER,
+    threads: int = 1,
 ) -> None:
     """Fill out (P) with mean + std z, z standard normal given |z| <= 2; std is that of the whole distribution."""
     for a in range(0, len(out), CHUNK):

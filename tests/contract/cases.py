@@ -141,7 +141,8 @@ def draw(
 ) -> Call | None:
     """A call of the op on drawn arrays; None if this is outside the op's domain.
 
-    Outside the domain is what the reference refuses: an empty axis, or an optional array that the variant cannot miss.
+    Outside the domain is what the reference refuses (an empty axis, an optional array that the variant cannot miss) or
+    where it is not defined (the mean of nothing).
     """
     arguments = {**variant, **{name: step[name] for name in spec.runtime}}
     forward = forward_of(spec)
@@ -149,7 +150,7 @@ def draw(
     if without:
         refusals += (ValueError, TypeError)
     if 0 in size.values():
-        refusals += (ValueError, ZeroDivisionError, RuntimeWarning)
+        refusals += (ValueError, IndexError, ZeroDivisionError, RuntimeWarning)
     try:
         if forward is None:
             arrays = spec.make(seed, size, dtype, without)
@@ -157,6 +158,8 @@ def draw(
             arrays = _backward_arrays(spec, forward, seed, size, dtype, without, arguments)
         call = Call(spec, size, dtype, tuple(_poisoned(spec, arrays)), arguments)
         call.want  # noqa: B018  (computed once, kept)
+        if 0 in size.values() and not all(np.isfinite(x).all() for x in call.want if x is not None):
+            return None
     except refusals:
         return None
     return call

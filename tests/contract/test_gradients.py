@@ -27,4 +27,6 @@ def test_ops_without_gradient_say_so():
     for spec in registry.specs():
         if spec.name in backward or checks.has_gradient(spec) or not checks.gradient_arrays(spec):
             continue
-        raise AssertionError(f"{spec.name}: no op gives the gradient of {[a.name for a in checks.gradient_arrays(spec)]}")
+        raise AssertionError(
+            f"{spec.name}: no op gives the gradient of {[a.name for a in checks.gradient_arrays(spec)]}"
+        )

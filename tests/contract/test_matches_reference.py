@@ -64,7 +64,7 @@ def test_specs_are_complete(spec):
     assert spec.summary
     assert spec.family
     assert spec.outputs
-    for size in cases.sizes(spec):
+    for size in (s for s in cases.sizes(spec) if 0 not in s.values()):
         assert spec.tolerance(size).why
         assert spec.flops(size) >= 0
         assert spec.moved(size, 4) >= 0

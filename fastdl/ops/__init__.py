@@ -1,0 +1,37 @@
+"""Stateless ops on NumPy arrays: ``<op>_forward(...) -> (y, ctx)``, ``<op>_backward(dy, ctx) -> gradients``.
+
+Every function takes ``out=`` where it has one main result, ``backend=`` ("auto", "cython", "numba", "numpy") and
+``threads=``. Arrays are float32 or float64 of one dtype and are never cast or copied: any row stride is taken, columns
+must be adjacent (dense products also take transposed views). ``out is x`` is allowed for element-wise ops, any other
+overlap is refused. Wrong arguments raise before anything is written.
+
+The functions of the element-wise activations (``relu_forward``, ``relu_backward``, ...) are made from the registry.
+"""
+
+from __future__ import annotations
+
+from fastdl.ops.activations import FUNCTIONS as _FUNCTIONS
+from fastdl.ops.call import Context
+from fastdl.ops.dense import dense_backward, dense_forward
+from fastdl.ops.dropout import dropout_backward, dropout_forward
+from fastdl.ops.losses import binary_cross_entropy, mse, softmax_cross_entropy
+from fastdl.ops.normalization import batchnorm_backward, batchnorm_forward
+from fastdl.ops.optimizers import adam_step, sgd_step
+
+globals().update(_FUNCTIONS)
+
+__all__ = [
+    "Context",
+    "adam_step",
+    "batchnorm_backward",
+    "batchnorm_forward",
+    "binary_cross_entropy",
+    "dense_backward",
+    "dense_forward",
+    "dropout_backward",
+    "dropout_forward",
+    "mse",
+    "sgd_step",
+    "softmax_cross_entropy",
+]
+__all__ += sorted(_FUNCTIONS)

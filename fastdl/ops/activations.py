@@ -1,0 +1,120 @@
+"""Element-wise activations and softmax, made from the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastdl import checks
+from fastdl.kernels.activations.reference import ACTIVATIONS
+from fastdl.ops.call import Context, context, run
+
+
+def epilogue(activation: str) -> Any:
+    """The entry of an activation that can be fused: element-wise and without slopes."""
+    usable = [n for n, i in ACTIVATIONS.items() if not i.per_channel and not i.row_op]
+    if activation not in usable:
+        raise ValueError(f"activation: unknown or not element-wise {activation!r}, known: {', '.join(usable)}")
+    return ACTIVATIONS[activation]
+
+
+def alpha_of(info: Any, alpha: float | None) -> float:
+    """The scalar parameter of an activation, its default if left out."""
+    if alpha is None:
+        return float(info.alpha or 0.0)
+    if info.alpha is None:
+        raise ValueError(f"alpha: {info.name} has no parameter, found {alpha!r}")
+    return float(alpha)
+
+
+def _activation_forward(
+    name: str, x: Any, slope: Any, out: Any, params: dict[str, float], backend: str | None, threads: int | None
+) -> tuple[np.ndarray, Context]:
+    info = ACTIVATIONS[name]
+    checks.floats(x, "x")
+    y = checks.output(out, x.shape, x.dtype, {"x": x, "slope": slope}, alias="" if info.row_op else "x")
+    x2, y2 = checks.rows(x, "x"), checks.rows(y, "out")
+    arrays: tuple[Any, ...] = (x2, y2)
+    if slope is not None:
+        if x.ndim != 2:
+            raise ValueError(f"x: expected two dimensions where slopes belong to columns, found shape {x.shape}")
+        arrays = (x2, checks.vector(slope, "slope", x.shape[1], x.dtype), y2)
+    run(f"{name}_forward", arrays, params, backend, threads, 2 * x.nbytes)
+    saved = y if info.saves == "y" else x
+    if info.saves == "x" and y is x and name not in ("identity",):
+        saved = None  # overwritten in place
+    return y, Context(name, {info.saves: saved, "slope": slope}, params, {}, x.shape, backend, threads)
+
+
+def _activation_backward(name: str, dy: Any, ctx: Any, out: Any) -> Any:
+    ctx = context(ctx, name)
+    info = ACTIVATIONS[name]
+    saved, slope = ctx.arrays[info.saves], ctx.arrays["slope"]
+    if saved is None:
+        raise ValueError(f"{name}_backward needs the input of the forward pass, which out=x has overwritten")
+    checks.floats(dy, "dy", saved.dtype)
+    checks.same_shape(dy, ctx.shape, "dy", "the output")
+    alias = "" if info.row_op else "dy"
+    dx = checks.output(out, ctx.shape, saved.dtype, {"dy": dy, info.saves: saved, "slope": slope}, alias=alias)
+    views = checks.rows(dy, "dy"), checks.rows(saved, info.saves), checks.rows(dx, "out")
+    if slope is None:
+        run(f"{name}_backward", views, ctx.params, ctx.backend, ctx.threads, 3 * dy.nbytes)
+        return dx
+    dslope = np.empty_like(slope)
+    arrays = (views[0], views[1], slope, views[2], dslope)
+    run(f"{name}_backward", arrays, ctx.params, ctx.backend, ctx.threads, 3 * dy.nbytes)
+    return dx, dslope
+
+
+def _make_activation(name: str) -> tuple[Any, Any]:
+    info = ACTIVATIONS[name]
+
+    if info.per_channel:
+
+        def forward(
+            x: np.ndarray,
+            slope: np.ndarray,
+            out: np.ndarray | None = None,
+            *,
+            backend: str | None = None,
+            threads: int | None = None,
+        ) -> tuple[np.ndarray, Context]:
+            return _activation_forward(name, x, slope, out, {}, backend, threads)
+
+    elif info.alpha is not None:
+
+        def forward(
+            x: np.ndarray,
+            alpha: float = info.alpha,
+            out: np.ndarray | None = None,
+            *,
+            backend: str | None = None,
+            threads: int | None = None,
+        ) -> tuple[np.ndarray, Context]:
+            return _activation_forward(name, x, None, out, {"alpha": float(alpha)}, backend, threads)
+
+    else:
+
+        def forward(
+            x: np.ndarray, out: np.ndarray | None = None, *, backend: str | None = None, threads: int | None = None
+        ) -> tuple[np.ndarray, Context]:
+            return _activation_forward(name, x, None, out, {}, backend, threads)
+
+    def backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None) -> Any:
+        return _activation_backward(name, dy, ctx, out)
+
+    forward.__name__ = forward.__qualname__ = f"{name}_forward"
+    backward.__name__ = backward.__qualname__ = f"{name}_backward"
+    forward.__doc__ = (
+        f"{info.summary}\n\n{info.formula}\n\nReturns y (shape of x) and the context for `{name}_backward`.\n\n"
+        f"Source: {info.source}\n"
+    )
+    backward.__doc__ = f"Gradient of `{name}_forward` with respect to x{' and slope' if info.per_channel else ''}."
+    return forward, backward
+
+
+#: Every function by its name: ``relu_forward``, ``relu_backward``, ...
+FUNCTIONS: dict[str, Any] = {}
+for _name in ACTIVATIONS:
+    FUNCTIONS[f"{_name}_forward"], FUNCTIONS[f"{_name}_backward"] = _make_activation(_name)

@@ -1,0 +1,74 @@
+"""Dense products with bias and activation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastdl import checks
+from fastdl.kernels.activations.reference import ACTIVATIONS
+from fastdl.ops.activations import alpha_of, epilogue
+from fastdl.ops.call import Context, context, run
+
+
+def dense_forward(
+    x: np.ndarray,
+    w: np.ndarray,
+    b: np.ndarray | None = None,
+    activation: str = "identity",
+    alpha: float | None = None,
+    out: np.ndarray | None = None,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> tuple[np.ndarray, Context]:
+    """y = activation(x w + b).
+
+    Parameters
+    ----------
+    x : (N, I), w : (I, O), b : (O,) or None
+        Transposed views are taken.
+    activation : str
+        An element-wise activation without slopes.
+    alpha : float, optional
+        Its parameter, the default one if left out.
+    out : (N, O), optional
+
+    Returns
+    -------
+    y : (N, O)
+    ctx : Context
+    """
+    checks.matrix(x, "x", transposed=True)
+    checks.matrix(w, "w", x.dtype, transposed=True)
+    if w.shape[0] != x.shape[1]:
+        raise ValueError(f"w: expected {x.shape[1]} rows, as many as x has columns, found shape {w.shape}")
+    if b is not None:
+        checks.vector(b, "b", w.shape[1], x.dtype)
+    info = epilogue(activation)
+    params = {"activation": activation, "alpha": alpha_of(info, alpha)}
+    y = checks.output(out, (x.shape[0], w.shape[1]), x.dtype, {"x": x, "w": w, "b": b})
+    checks.rows(y, "out")
+    z = np.empty_like(y) if info.saves == "x" and activation != "identity" else None
+    size = x.nbytes + w.nbytes + y.nbytes
+    run("dense_forward", (x, w, b, y, z), params, backend, threads, size * max(1, min(x.shape[1], 64)))
+    saved = {"x": x, "w": w, "b": b, "s": y if z is None else z}
+    return y, Context("dense", saved, params, {}, y.shape, backend, threads)
+
+
+def dense_backward(dy: np.ndarray, ctx: Context) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Gradients dx (N, I), dw (I, O), db (O,) of `dense_forward`; db is None where there was no bias."""
+    ctx = context(ctx, "dense")
+    x, w, b, saved = (ctx.arrays[k] for k in ("x", "w", "b", "s"))
+    checks.matrix(dy, "dy", x.dtype)
+    checks.same_shape(dy, ctx.shape, "dy", "the output")
+    name, dz = ctx.params["activation"], dy
+    if name != "identity":
+        params = {"alpha": ctx.params["alpha"]} if ACTIVATIONS[name].alpha is not None else {}
+        dz = np.empty(dy.shape, dy.dtype)
+        run(f"{name}_backward", (dy, saved, dz), params, ctx.backend, ctx.threads, 3 * dy.nbytes)
+    dx, dw = np.empty(x.shape, x.dtype), np.empty(w.shape, w.dtype)
+    db = None if b is None else np.empty(b.shape, b.dtype)
+    size = (x.nbytes + w.nbytes + dy.nbytes) * max(1, min(x.shape[1], 64))
+    run("dense_backward_input", (dz, w, dx), {}, ctx.backend, ctx.threads, size)
+    run("dense_backward_weights", (x, dz, dw, db), {}, ctx.backend, ctx.threads, size)
+    return dx, dw, db

@@ -1,0 +1,97 @@
+"""Losses: value and gradient in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastdl import checks
+from fastdl.ops.call import run
+
+
+def _loss(
+    op: str, z: Any, targets: Any, sample_weight: Any, out: Any, backend: str | None, threads: int | None
+) -> tuple[float, np.ndarray]:
+    checks.matrix(z, "z")
+    if z.shape[0] == 0 or z.shape[1] == 0:
+        raise ValueError(f"z: expected at least one row and one column, found shape {z.shape}")
+    checks.is_array(targets, "targets")
+    if op == "softmax_cross_entropy" and targets.ndim == 2:
+        op = "softmax_cross_entropy_onehot"
+    if op == "softmax_cross_entropy":
+        targets = _labels(targets, z.shape)
+    else:
+        checks.matrix(targets, "targets", z.dtype)
+        checks.same_shape(targets, z.shape, "targets", "z")
+        if np.isnan(targets).any():
+            raise ValueError("targets: expected numbers, found NaN; drop or fill those rows")
+    if sample_weight is not None:
+        checks.vector(sample_weight, "sample_weight", z.shape[0], z.dtype)
+        if not np.isfinite(sample_weight).all() or (sample_weight < 0).any() or not (sample_weight > 0).any():
+            raise ValueError("sample_weight: expected finite values of at least 0 with a positive sum")
+    dz = checks.output(out, z.shape, z.dtype, {"targets": targets, "sample_weight": sample_weight, "z": z})
+    checks.rows(dz, "out")
+    stats = np.zeros(3)
+    arguments = {"total_rows": z.shape[0]}
+    run(op, (z, targets, sample_weight, stats, dz), arguments, backend, threads, 2 * z.nbytes)
+    return float(stats[0]), dz
+
+
+def _labels(targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected integer labels (N,) or one-hot rows (N, C), found dtype {targets.dtype}")
+    if targets.shape != shape[:1]:
+        raise ValueError(f"targets: expected shape {shape[:1]}, one label per row, found {targets.shape}")
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= shape[1]:
+        raise ValueError(f"targets: expected labels in [0, {shape[1]}), found values from {low} to {high}")
+    return np.ascontiguousarray(targets, np.int64)
+
+
+def softmax_cross_entropy(
+    z: np.ndarray,
+    targets: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> tuple[float, np.ndarray]:
+    """Mean of logsumexp(z) - z[target], and its gradient dz (N, C), in one pass.
+
+    Parameters
+    ----------
+    z : (N, C)
+        Logits.
+    targets : (N,) integers in [0, C), or (N, C) one-hot (or soft) rows of z's dtype
+    sample_weight : (N,), optional
+        The loss is then sum(w l) / sum(w).
+    """
+    return _loss("softmax_cross_entropy", z, targets, sample_weight, out, backend, threads)
+
+
+def binary_cross_entropy(
+    z: np.ndarray,
+    targets: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> tuple[float, np.ndarray]:
+    """Mean over rows and columns of softplus(z) - z t for logits z (N, C) and targets t in [0, 1], and its gradient."""
+    return _loss("binary_cross_entropy", z, targets, sample_weight, out, backend, threads)
+
+
+def mse(
+    z: np.ndarray,
+    targets: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> tuple[float, np.ndarray]:
+    """Mean over rows and columns of (z - t)^2, and its gradient."""
+    return _loss("mse", z, targets, sample_weight, out, backend, threads)

@@ -1,0 +1,117 @@
+"""Batch normalisation, with the activation and the dropout behind it in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastdl import checks
+from fastdl.kernels.activations.reference import ACTIVATIONS
+from fastdl.ops.activations import alpha_of, epilogue
+from fastdl.ops.call import Context, context, run
+from fastdl.ops.dropout import position, stream
+
+
+def batchnorm_forward(
+    x: np.ndarray,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    training: bool = True,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    alpha: float | None = None,
+    slope: np.ndarray | None = None,
+    rate: float = 0.0,
+    seed: int = 0,
+    layer: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+    out: np.ndarray | None = None,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> tuple[np.ndarray, Context]:
+    """y = dropout(activation(gamma (x - mean) / sqrt(var + eps) + beta)); Ioffe & Szegedy 2015.
+
+    Parameters
+    ----------
+    x : (N, C); gamma, beta, running_mean, running_var : (C,)
+    training : bool
+        True normalises with the biased batch variance and updates the running statistics in place (with the unbiased
+        one); False uses the running statistics and applies no dropout.
+    decay : float
+        Weight of the **old** running statistic.
+    activation, alpha, slope
+        Fused element-wise activation; ``slope`` (C,) for "prelu".
+    rate, seed, layer, step, first_row
+        Fused dropout, see `dropout_forward`.
+
+    Returns
+    -------
+    y : (N, C)
+    ctx : Context
+    """
+    checks.matrix(x, "x")
+    if x.shape[0] == 0:
+        raise ValueError("x: expected at least one row to normalise over, found none")
+    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    for name, value in vectors.items():
+        checks.vector(value, name, x.shape[1], x.dtype)
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected the weight of the old statistic, in [0, 1], found {decay!r}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive value, found {eps!r}")
+    if activation == "prelu":
+        info = ACTIVATIONS["prelu"]
+        checks.vector(slope, "slope", x.shape[1], x.dtype)
+    elif slope is not None:
+        raise ValueError(f"slope: belongs to activation 'prelu', found it with {activation!r}")
+    else:
+        info = epilogue(activation)
+    y = checks.output(out, x.shape, x.dtype, {"x": x, **vectors, "slope": slope})
+    checks.rows(y, "out")
+    params: dict[str, Any] = {"activation": activation, "alpha": alpha_of(info, alpha)}
+    size = 3 * x.nbytes
+    if not training:
+        arrays = (x, gamma, beta, running_mean, running_var, slope, y)
+        run("batchnorm_inference", arrays, {**params, "eps": eps}, backend, threads, size)
+        mean, inv_std = running_mean.copy(), (1.0 / np.sqrt(running_var + x.dtype.type(eps))).astype(x.dtype)
+        runtime = {"step": 0, "first_row": 0}
+        params |= {"rate": 0.0, "seed": 0, "layer": 0, "training": 0}
+    else:
+        checks.writable(running_mean, "running_mean")
+        checks.writable(running_var, "running_var")
+        params |= stream(rate, seed, layer)
+        runtime = position(step, first_row)
+        mean, inv_std = np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype)
+        arrays = (x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std)
+        run("batchnorm_forward", arrays, {**params, "decay": decay, "eps": eps, **runtime}, backend, threads, size)
+        params["training"] = 1
+    saved = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "inv_std": inv_std, "slope": slope}
+    return y, Context("batchnorm", saved, params, runtime, x.shape, backend, threads)
+
+
+def batchnorm_backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    """Gradients dx (N, C), dgamma (C,), dbeta (C,), and dslope (C,) after PReLU, of `batchnorm_forward`."""
+    ctx = context(ctx, "batchnorm")
+    x, slope = ctx.arrays["x"], ctx.arrays["slope"]
+    checks.matrix(dy, "dy", x.dtype)
+    checks.same_shape(dy, ctx.shape, "dy", "the output")
+    dx = checks.output(out, x.shape, x.dtype, {"dy": dy, **ctx.arrays}, name="out")
+    checks.rows(dx, "out")
+    dgamma, dbeta = np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype)
+    dslope = None if slope is None else np.empty_like(slope)
+    arrays = (
+        dy,
+        *(ctx.arrays[k] for k in ("x", "gamma", "beta", "mean", "inv_std", "slope")),
+        dx,
+        dgamma,
+        dbeta,
+        dslope,
+    )
+    run("batchnorm_backward", arrays, {**ctx.params, **ctx.runtime}, ctx.backend, ctx.threads, 5 * x.nbytes)
+    return (dx, dgamma, dbeta) if dslope is None else (dx, dgamma, dbeta, dslope)

@@ -1,0 +1,81 @@
+"""Optimiser steps, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastdl import checks
+from fastdl.kernels import registry
+from fastdl.ops.call import run
+
+
+def _sweep(
+    op: str, arrays: dict[str, Any], arguments: dict[str, Any], backend: str | None, threads: int | None
+) -> None:
+    w = checks.floats(arrays["w"], "w")
+    flat: dict[str, Any] = {}
+    for name, x in arrays.items():
+        if x is None:
+            flat[name] = None
+            continue
+        checks.floats(x, name, w.dtype)
+        checks.same_shape(x, w.shape, name, "w")
+        if not x.flags.c_contiguous:
+            raise ValueError(
+                f"{name}: expected a C-contiguous array, found strides {x.strides}; use np.ascontiguousarray"
+            )
+        if name != "g":
+            checks.writable(x, name)
+        for other, seen in flat.items():
+            if seen is not None and np.may_share_memory(seen, x):
+                raise ValueError(f"{name}: overlaps {other}; hand over another array")
+        flat[name] = x.reshape(-1)
+    ordered = tuple(flat.get(a.name) for a in registry.spec(op).arrays)
+    run(op, ordered, arguments, backend, threads, sum(x.nbytes for x in flat.values() if x is not None) * 2)
+
+
+def sgd_step(
+    w: np.ndarray,
+    g: np.ndarray,
+    v: np.ndarray | None = None,
+    lr: float = 0.01,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    l2: float = 0.0,
+    weight_decay: float = 0.0,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """One step of stochastic gradient descent, in place; ``v`` is the velocity that momentum needs."""
+    if v is None and momentum:
+        raise ValueError("v: momentum needs a velocity array of w's shape, found None")
+    arguments = {"momentum": momentum, "nesterov": int(nesterov), "l2": l2, "weight_decay": weight_decay, "lr": lr}
+    _sweep("sgd_step", {"w": w, "g": g, "v": v}, {**arguments, "step": 0}, backend, threads)
+
+
+def adam_step(
+    w: np.ndarray,
+    g: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    step: int,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    l2: float = 0.0,
+    weight_decay: float = 0.0,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015, Algorithm 1), or AdamW with ``weight_decay`` (Loshchilov & Hutter 2019), in place.
+
+    ``step`` counts from 0: the bias corrections use t = step + 1.
+    """
+    arguments = {"beta1": beta1, "beta2": beta2, "eps": eps, "l2": l2, "weight_decay": weight_decay, "lr": lr}
+    arguments["step"] = checks.whole(step, "step")
+    _sweep("adam_step", {"w": w, "g": g, "m": m, "v": v}, arguments, backend, threads)

@@ -1,0 +1,201 @@
+"""What a model runs on: its parameters laid out for a back end, and the Programs bound to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdl import config
+from fastdl.builder import Bound, Builder, Feed
+from fastdl.errors import BackendUnavailable
+from fastdl.executor import Memory
+from fastdl.kernels import dispatch
+from fastdl.kernels.registry import BACKENDS
+from fastdl.layers.base import Layer
+from fastdl.losses import Loss
+from fastdl.optimizers import Optimizer
+from fastdl.parameters import Weights
+from fastdl.program import Program
+
+#: Initial values of parameter p draw from the stream of layer id 2**30 + p.
+INITIAL_STREAM = 1 << 30
+#: Bound Programs kept: growing batches would otherwise pile up arenas.
+KEPT = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `Sequential.compile` decides."""
+
+    backend: str = "auto"
+    threads: int | str = "auto"
+    dtype: str = "float32"
+    fuse: bool = True
+    loss: Loss | None = None
+    optimizer: Optimizer | None = None
+
+
+class Runtime:
+    """Memory and bound Programs of one model.
+
+    Parameters
+    ----------
+    layers : list of (name, Layer)
+    width : int
+        Features of the input.
+    seed : int
+    settings : Settings
+    """
+
+    def __init__(self, layers: list[tuple[str, Layer]], width: int, seed: int, settings: Settings) -> None:
+        self.seed, self.settings = seed, settings
+        self.builder = Builder(layers, width, seed, settings.dtype)
+        self.memory: Memory | None = None
+        self.moments: dict[str, np.ndarray] = {}
+        self.backend = ""
+        self._bound: dict[tuple[Any, ...], Bound] = {}
+        self.place(self._resolve())
+        self._draw()
+
+    # ------------------------------------------------------------------ back end and memory
+    def _resolve(self) -> str:
+        """The back end that runs this model's Programs."""
+        name = config.resolve_backend(None, self.settings.backend)
+        if name != "auto":
+            if (state := dispatch.load(name)) != "available":
+                raise BackendUnavailable(f"back end {name!r} is not available: {state}")
+            return name
+        for name in BACKENDS:
+            if not self.refusals(name):
+                return name
+        raise BackendUnavailable("no back end can run this model")
+
+    def refusals(self, name: str) -> list[str]:
+        """Why a back end cannot run the model; empty when it can."""
+        state = dispatch.load(name)
+        if state != "available":
+            return [state]
+        builder, s = self.builder, self.settings
+        memory, moments = builder.memory(False, s.optimizer)
+        calls = list(builder.loop(1, s.optimizer, memory, moments, False, False)[0].calls)
+        if s.loss is None:
+            calls += builder.loop(1, s.optimizer, memory, moments, True, False)[0].calls
+        else:
+            feed = Feed(rows=1, labels=s.loss.target_kind == "labels")
+            calls += builder.train(1, feed, s.loss, s.optimizer, memory, moments, False)[0].calls
+        return [found for c in calls if isinstance(found := dispatch.candidate(c.op, name, (), c.params), str)]
+
+    def follow(self) -> None:
+        """Move to another back end when the context or the environment now names one."""
+        name = config.resolve_backend(None, self.settings.backend)
+        if name not in ("auto", self.backend):
+            self.place(self._resolve())
+
+    def reset(self, settings: Settings) -> None:
+        """Take new settings; parameters stay, optimiser states start anew."""
+        self.settings, self.moments = settings, {}
+        self.place(self._resolve())
+
+    def place(self, backend: str) -> None:
+        """Lay everything out for a back end; values and optimiser states move along."""
+        old, old_moments = self.memory, self.moments
+        self.memory, self.moments = self.builder.memory(backend == "cython", self.settings.optimizer)
+        self.backend = backend
+        self._bound.clear()
+        if old is None:
+            return
+        for new, before in ((self.memory.parameters, old.parameters), (self.memory.states, old.states)):
+            for name in before.offsets:
+                new.write(name, before.read(name))
+        for key in set(old_moments) & set(self.moments):
+            for name in old.parameters.offsets:
+                value = old.parameters.read(name, old_moments[key])
+                self.memory.parameters.write(name, value, self.moments[key])
+
+    def _draw(self) -> None:
+        """Initial values: parameter p from its own stream, equal bits on every back end."""
+        order = [*self.builder.segments, *self.builder.states]
+        for arena in (self.memory.parameters, self.memory.states):
+            for segment in arena.segments:
+                op, params, value = segment.initializer.call(segment.buffer.shape)
+                out = np.full(segment.buffer.shape, value if op is None else 0.0, arena.dtype)
+                if op is not None:
+                    layer = INITIAL_STREAM + order.index(segment.name)
+                    dispatch.run(op, out.reshape(-1), backend=self.backend, seed=self.seed, layer=layer, **params)
+                arena.write(segment.name, out)
+
+    @property
+    def weights(self) -> Weights:
+        """Parameters and running statistics, layer by layer."""
+        arenas = [(a, a.values) for a in (self.memory.parameters, self.memory.states)]
+        layers = [name for name, _ in self.builder.layers]
+        names = [*self.builder.segments, *self.builder.states]
+        return Weights(arenas, sorted(names, key=lambda name: layers.index(name.split("/")[0])))
+
+    @property
+    def gradients(self) -> Weights:
+        return Weights([(self.memory.parameters, self.memory.gradients)], list(self.builder.segments))
+
+    # ------------------------------------------------------------------ programs
+    def threads(self, program: Program) -> tuple[int, str]:
+        """Threads for a Program and the reason."""
+        return config.threads_for(program.flops(), None, self.settings.threads)
+
+    def train(self, rows: int, feed: Feed) -> Bound:
+        """A whole training step. A step of single batches runs on any bound Program that holds as many rows."""
+        s = self.settings
+        if not feed.rows:
+            rows = self._capacity("train", feed, rows)
+        return self._get(
+            ("train", feed, rows),
+            lambda: self.builder.train(rows, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse),
+        )
+
+    def loop(self, rows: int, training: bool) -> Bound:
+        """Forward, with ``training`` also backward and update."""
+        s = self.settings
+        optimizer = s.optimizer if training else None
+        rows = self._capacity("loop", training, rows)
+        return self._get(
+            ("loop", training, rows),
+            lambda: self.builder.loop(rows, optimizer, self.memory, self.moments, training, s.fuse),
+        )
+
+    def evaluate(self, rows: int, feed: Feed) -> Bound:
+        """Forward and loss."""
+        s = self.settings
+        rows = self._capacity("evaluate", feed, rows)
+        return self._get(
+            ("evaluate", feed, rows), lambda: self.builder.evaluate(rows, feed, s.loss, self.memory, s.fuse)
+        )
+
+    def training_program(self) -> Program:
+        """The training Program in use, or the one of a batch of 32 rows."""
+        for key, bound in reversed(self._bound.items()):
+            if key[0] == "train":
+                return bound.executor.program
+        s = self.settings
+        if s.loss is None:
+            return self.builder.loop(32, s.optimizer, self.memory, self.moments, True, s.fuse)[0]
+        feed = Feed(labels=s.loss.target_kind == "labels")
+        return self.builder.train(32, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse)[0]
+
+    def _capacity(self, kind: str, setting: Any, rows: int) -> int:
+        """Rows of a bound Program that is large enough, or of a new one."""
+        known = [key[2] for key in self._bound if key[0] == kind and key[1] == setting and key[2] >= rows]
+        return min(known, default=rows)
+
+    def _get(self, key: tuple[Any, ...], make: Callable[[], tuple[Program, dict[str, Any]]]) -> Bound:
+        """A bound Program by its settings; made when first asked for, the newest are kept."""
+        key = (*key, config.resolve_threads(None, self.settings.threads))
+        found = self._bound.get(key)
+        if found is None:
+            if len(self._bound) >= KEPT:
+                self._bound.pop(next(iter(self._bound)))
+            made = make()
+            found = self.builder.bound(made, self.memory, self.backend, self.threads(made[0])[0])
+            self._bound[key] = found
+        return found
