@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,19 +70,42 @@ def _git(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def _worktree(commit: str, folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A built checkout of a commit."""
+    """A checkout of a commit."""
     _git("worktree", "add", "--detach", str(folder), commit)
     try:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise Failed(f"building {commit[:12]} failed (it needs Cython, setuptools and a compiler):\n{lines}")
-        # fastdl.kernels of an editable installation would come before ../kernels of this checkout
-        (folder / "fastdl" / "kernels").symlink_to(folder / "kernels")
         yield folder
     finally:
         _git("worktree", "remove", "--force", str(folder))
+
+
+def stale(changed: Sequence[str]) -> list[str] | None:
+    """Families whose extension differs between two commits, from the changed files; None for all of them."""
+    native = [path for path in changed if path == "setup.py" or not path.endswith((".py", ".md"))]
+    if any(path == "setup.py" or path.endswith((".h", ".hpp", ".pxi")) for path in native):
+        return None
+    return sorted({path.split("/")[1] for path in native})
+
+
+def _build(commit: str, tree: pathlib.Path, other: tuple[str, pathlib.Path] | None) -> None:
+    """Build a checkout in place; extensions that are the same in another one are copied from there."""
+    families = None
+    if other is not None:
+        families = stale(_git("diff", "--name-only", other[0], commit, "--", "setup.py", "kernels").splitlines())
+    environment = dict(os.environ)
+    if families is not None:
+        for built in other[1].glob("kernels/*/_cython*.so"):
+            if built.parent.name not in families:
+                shutil.copy2(built, tree / "kernels" / built.parent.name)
+        environment["FASTDL_FAMILIES"] = ",".join(families)
+    print(f"building {commit[:12]}: {'everything' if families is None else families or 'nothing new'}", file=sys.stderr)
+    if families != []:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise Failed(f"building {commit[:12]} failed (it needs Cython, setuptools and a compiler):\n{lines}")
+    # fastdl.kernels of an editable installation would come before ../kernels of this checkout
+    (tree / "fastdl" / "kernels").symlink_to(tree / "kernels")
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -152,10 +176,11 @@ def compare(options: argparse.Namespace) -> int:
     if changed:
         print("the NumPy references differ: comparing seconds, not ratios", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="fastdl-compare-") as folder, contextlib.ExitStack() as stack:
-        built = {}
+        built: dict[str, pathlib.Path] = {}
         for commit in dict.fromkeys(commits):  # the same commit twice is built once
-            print(f"building {commit[:12]}", file=sys.stderr)
-            built[commit] = stack.enter_context(_worktree(commit, pathlib.Path(folder, commit[:12])))
+            tree = stack.enter_context(_worktree(commit, pathlib.Path(folder, commit[:12])))
+            _build(commit, tree, next(iter(built.items()), None))
+            built[commit] = tree
         trees = [built[commit] for commit in commits]
         a, b = _rounds(trees, options)
         change = changes(a, b, bool(changed))

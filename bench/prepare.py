@@ -74,10 +74,13 @@ def close(got: np.ndarray, want: np.ndarray, tolerance: Tolerance, eps: float, m
     """Whether all elements, or all but a share of ``misses``, are within an op's tolerance."""
     if want.dtype.kind != "f":
         return bool(np.array_equal(got, want))
-    largest = float(np.max(np.abs(want), initial=0.0))
-    allowed = eps * (tolerance.ulp * np.abs(want) + tolerance.norm * largest)
-    wrong = ~(np.abs(got - want) <= allowed) & ~(np.isnan(got) & np.isnan(want)) & ~(got == want)
-    return bool(np.count_nonzero(wrong) <= misses * want.size)
+    finite = np.isfinite(want)
+    size = np.where(finite, np.abs(want), 0.0)
+    allowed = eps * (tolerance.ulp * size + tolerance.norm * np.max(size, initial=0.0))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(got - want) <= allowed
+    right = np.where(finite, near, (got == want) | (np.isnan(got) & np.isnan(want)))
+    return bool(np.count_nonzero(~right) <= misses * want.size)
 
 
 def _op(case: OpCase, threads: int) -> Prepared:

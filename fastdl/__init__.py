@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from fastdl import _locate  # isort: skip  (makes fastdl.kernels importable)
+from fastdl import _locate  # noqa: F401  # isort: skip  (makes fastdl.kernels importable)
 from fastdl.kernels import dispatch as _dispatch  # isort: skip
 
 _dispatch.load("numpy")  # declares every op; compiled back ends load when first used
@@ -31,6 +31,20 @@ def explain(op: str, *arrays: object) -> str:
 
 
 __all__ = [
-    "Sequential", "__version__", "backend", "backends", "callbacks", "data", "errors", "explain", "initializers", "kernels",
-    "layers", "load", "losses", "ops", "optimizers", "random",
-]  # fmt: skip
+    "Sequential",
+    "__version__",
+    "backend",
+    "backends",
+    "callbacks",
+    "data",
+    "errors",
+    "explain",
+    "initializers",
+    "kernels",
+    "layers",
+    "load",
+    "losses",
+    "ops",
+    "optimizers",
+    "random",
+]

@@ -21,8 +21,8 @@ from fastdl.trace import Trace
 class Feed:
     """Where a step's rows come from.
 
-    ``rows`` of a data set are gathered by the epoch's permutation when it is positive; 0 means that the caller hands over
-    one batch at a time. ``labels``: targets are class numbers (N,), not values (N, O).
+    ``rows`` of a data set are gathered by the epoch's permutation when it is positive; 0 means that the caller hands
+    over one batch at a time. ``labels``: targets are class numbers (N,), not values (N, O).
     """
 
     rows: int = 0

@@ -29,7 +29,8 @@ class Choice:
     threads: int | None = None
 
 
-_context: contextvars.ContextVar[Choice] = contextvars.ContextVar("fastdl.backend", default=Choice())
+_NOTHING = Choice()
+_context: contextvars.ContextVar[Choice] = contextvars.ContextVar("fastdl.backend", default=_NOTHING)
 _in_child_of_fork = False
 
 

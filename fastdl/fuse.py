@@ -125,8 +125,8 @@ HEADS = ("dense_forward", "dense_backward_input")
 def tails(program: Program) -> Program:
     """Chain column-local calls to the dense product before them.
 
-    Backward, the product that gives dX and the weight gradient of the same layer are independent; the first runs first, so
-    that its tail follows it directly.
+    Backward, the product that gives dX and the weight gradient of the same layer are independent; the first runs first,
+    so that its tail follows it directly.
     """
     calls = _inputs_first(list(program.calls))
     out: list[Call] = []

@@ -64,8 +64,8 @@ def train(
 ) -> dict[str, list[float]]:
     """Run epochs until they are done or a callback sets ``model.stop_training``.
 
-    Returns the history: one list per quantity, one value per epoch. An epoch's loss is the mean over its batches weighted
-    by rows.
+    Returns the history: one list per quantity, one value per epoch. An epoch's loss is the mean over its batches,
+    weighted by rows.
     """
     history: dict[str, list[float]] = {}
     for callback in callbacks:

@@ -153,6 +153,14 @@ def test_verdict_leaves_out_what_one_side_lacks():
     assert compare.changes([_round(relu=1.0)], [_round(relu=1.0, new=1.0)]) == {"relu": 0.0}
 
 
+def test_only_families_that_changed_are_built_again():
+    assert compare.stale([]) == []
+    assert compare.stale(["kernels/registry.py", "kernels/dense/README.md", "kernels/losses/reference.py"]) == []
+    assert compare.stale(["kernels/losses/_cython.pyx", "kernels/dense/native.cpp"]) == ["dense", "losses"]
+    assert compare.stale(["kernels/dense/native.hpp"]) is None  # other families may include it
+    assert compare.stale(["setup.py"]) is None
+
+
 def test_compare_names_an_unknown_ref(capsys):
     assert compare.main(["no-such-ref", "no-such-ref"]) == 2
     assert "bench/compare.py: git" in capsys.readouterr().err

@@ -48,7 +48,7 @@ net = fd.Sequential([layers.Dense(33), layers.BatchNorm(), layers.ReLU(), layers
 net.compile("softmax_cross_entropy", fd.optimizers.Adam(clip_norm=1.0), backend="cython", threads={threads})
 X, y = np.random.default_rng(0).standard_normal((1000, 17)).astype("f4"), np.arange(1000) % 10
 net.fit(X, y, batch_size=32, epochs=1, verbose=0)
-(bound,) = [b for k, b in net._bound.items() if k[0] == "fit"]
+(bound,) = [b for k, b in net._runtime._bound.items() if k[0] == "train"]
 native = bound.executor.native
 spent = []
 for steps in (32, 32, 32 * 20):  # the first warms up; an epoch has 32 steps
@@ -155,7 +155,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 def test_import_adds_little_to_numpy() -> None:
     """At most 0.10 s on a machine at rest; what is tested is that nothing heavy is imported."""
-    code = "import sys, fastdl; print([m for m in ('numba', 'llvmlite', 'tqdm', 'safetensors', 'threadpoolctl') if m in sys.modules])"
+    heavy = ("numba", "llvmlite", "tqdm", "safetensors", "threadpoolctl")
+    code = f"import sys, fastdl; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

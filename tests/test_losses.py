@@ -7,19 +7,10 @@ import pytest
 
 from fastdl import losses
 from fastdl.kernels import dispatch
-from fastdl.kernels.common import simd
 from fastdl.kernels.engine import panels
 
-BACKENDS = ("numpy", "numba", "cython")
 OPS = ("softmax_cross_entropy", "softmax_cross_entropy_onehot", "binary_cross_entropy", "mse")
 RTOL = {np.float32: 3e-6, np.float64: 1e-14}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if dispatch.load(request.param) != "available":
-        pytest.skip(dispatch.load(request.param))
-    return request.param
 
 
 def draw(op, rows, cols, dtype=np.float64, seed=0):
@@ -199,18 +190,7 @@ def test_strided_rows_leave_their_surroundings_alone(backend, op):
 
 # ------------------------------------------------------------------------------------- the compiled back end
 
-compiled = pytest.mark.skipif(dispatch.load("cython") != "available", reason=dispatch.load("cython"))
 
-
-@pytest.fixture(params=simd.levels() if dispatch.load("cython") == "available" else ["none"])
-def level(request):
-    before = simd.level()
-    simd.select(request.param)
-    yield request.param
-    simd.select(before)
-
-
-@compiled
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("rows", "cols"), [(2, 1), (130, 10), (65, 17), (64, 32), (70, 45), (3, 200)])
@@ -231,7 +211,6 @@ def test_panels_give_the_bits_of_plain_rows(level, op, rows, cols, dtype):
     assert not dz.data[-1, :, (cols - 1) % 32 + 1 :].any()
 
 
-@compiled
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 10), (64, 10), (517, 10), (200, 70), (1000, 1)])
@@ -245,7 +224,6 @@ def test_no_thread_count_changes_a_bit(level, op, rows, cols, dtype):
             assert d.tobytes() == dz.tobytes()
 
 
-@compiled
 def test_a_label_out_of_range_is_nan_and_touches_nothing(level):
     z, targets, _ = draw("softmax_cross_entropy", 4, 6)
     for bad in (-1, 6, 10**12):

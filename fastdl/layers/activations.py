@@ -1,6 +1,6 @@
 """One layer class per activation of the registry.
 
-An activation is written down once, in ``kernels/activations``; its class (``layers.ReLU``, ``layers.ELU(alpha=1.0)``, ...)
+An activation is written down once, in ``kernels/activations``; its class (``layers.ReLU``, ``layers.ELU(alpha=1.0)``)
 is made here from that entry.
 """
 
@@ -40,12 +40,12 @@ class PReLU(Layer):
 
     Parameters
     ----------
-    slope_initializer : str or Initializer
+    slope_initializer : str, float or Initializer
         0.25 by default. No weight decay applies to slopes.
     """
 
     prefix: ClassVar[str] = "prelu"
-    slope_initializer: str | Initializer = initializers.Constant(0.25)
+    slope_initializer: str | float | Initializer = 0.25
 
     def __post_init__(self) -> None:
         self.slope_initializer = initializers.get(self.slope_initializer)

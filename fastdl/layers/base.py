@@ -17,8 +17,8 @@ CLASSES: dict[str, type[Layer]] = {}
 class Layer:
     """Base of all layers.
 
-    A subclass is a dataclass of its settings and has a method ``trace(t, x, name) -> y`` that names parameters and calls
-    through the `Trace` ``t``.
+    A subclass is a dataclass of its settings and has a method ``trace(t, x, name) -> y`` that names parameters and
+    calls through the `Trace` ``t``.
     """
 
     #: Prefix of the layer's name in a model: ``dense`` gives ``dense_0``, ``dense_1``, ...

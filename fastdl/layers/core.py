@@ -78,8 +78,9 @@ class BatchNorm(Layer):
 
     Notes
     -----
-    Training normalises with the biased batch variance and updates the running variance with the unbiased one (m / (m-1));
-    a batch of one row uses variance 0 and leaves the running statistics alone. Prediction uses the running statistics.
+    Training normalises with the biased batch variance and updates the running variance with the unbiased one
+    (m / (m-1)); a batch of one row uses variance 0 and leaves the running statistics alone. Prediction uses the running
+    statistics.
     """
 
     prefix: ClassVar[str] = "batchnorm"
@@ -90,8 +91,9 @@ class BatchNorm(Layer):
     def __post_init__(self, momentum: float | None) -> None:
         if momentum is not None:
             raise ValueError(
-                f"BatchNorm: momentum= is ambiguous. For Keras' momentum={momentum} (weight of the old statistic) write "
-                f"decay={momentum}; for PyTorch's momentum={momentum} (weight of the new one) write decay={1 - momentum:g}"
+                f"BatchNorm: momentum= is ambiguous. For Keras' momentum={momentum} (weight of the old statistic) "
+                f"write decay={momentum}; for PyTorch's momentum={momentum} (weight of the new one) write "
+                f"decay={1 - momentum:g}"
             )
         if not 0 <= self.decay < 1:
             raise ValueError(f"BatchNorm decay: expected a value in [0, 1), found {self.decay!r}")

@@ -72,7 +72,7 @@ def adam_step(
     backend: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015, Algorithm 1), or AdamW with ``weight_decay`` (Loshchilov & Hutter 2019), in place.
+    """One step of Adam (Kingma & Ba 2015, Alg. 1), or AdamW by ``weight_decay`` (Loshchilov & Hutter 2019), in place.
 
     ``step`` counts from 0: the bias corrections use t = step + 1.
     """

@@ -1,8 +1,8 @@
 """Batch normalisation on Numba: one task is some columns of all rows, so that no thread shares a sum.
 
 See reference.py for the formulas and README.md for the derivation. A task walks its columns row by row: statistics,
-then normalise, activate and drop a row while it is in L1; backward forms dz in dx, adds it up, and finishes dx in a second
-sweep. Sums add 4 rows at a time in the input's dtype, 256 rows of them, then go to a float64 total.
+then normalise, activate and drop a row while it is in L1; backward forms dz in dx, adds it up, and finishes dx in a
+second sweep. Sums add 4 rows at a time in the input's dtype, 256 rows of them, then go to a float64 total.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any
 
 import numba
 import numpy as np
-
+from fastdl.kernels.activations.points import POINTS
+from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.common import philox
-from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, set_threads
+from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, set_threads
 from fastdl.kernels.random.points import MASK, philox4x32
 from fastdl.kernels.registry import Impl, register
+from numba.extending import overload
 
 #: Columns of a task, a multiple of 8 (Philox draws 8 columns): 512 bytes of a row, eight counters at a time.
 WIDTH = 128
@@ -26,7 +28,13 @@ LOOSE = 16.0
 #: Squared distance, in variances, from which the shift of the statistics is chosen again.
 FAR = 4.0
 
-helper = numba.njit(error_model="numpy", fastmath=FASTMATH, forceinline=True)
+OPTIONS = {"error_model": "numpy", "fastmath": FASTMATH, "forceinline": True}
+helper = numba.njit(**OPTIONS)
+
+KINDS: dict[str | None, tuple[int, ...]] = {None: (), "identity": (), **{n: (0,) * k for k, n in enumerate(POINTS, 1)}}
+_VALUE = [point(pair[0]) for pair in POINTS.values()]
+_GRADIENT = [point(pair[1]) for pair in POINTS.values()]
+_SLOPE = [point(pair[2]) if len(pair) == 3 else None for pair in POINTS.values()]
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -131,22 +139,48 @@ def _normalise(x, mean, gain, shift, u):
         u[c] = (x[c] - mean[c]) * gain[c] + shift[c]
 
 
-@helper
+# The activation is told by the type of `kind`, a tuple of as many zeros as its place in POINTS from 1 on (identity ()),
+# so that each one is compiled into loops of its own and is still found in the disk cache.
 def _activate(kind, u, alpha, slope):
-    if kind == RELU:
-        for c in range(len(u)):
-            u[c] = u.dtype.type(0) if u[c] <= 0 else u[c]
-    elif kind != IDENTITY:
-        forward_row(kind, u, alpha, slope)
+    """u = act(u); compiled code only."""
 
 
-@helper
 def _activate_backward(kind, dz, u, alpha, slope, dslope):
-    if kind == RELU:
+    """dz = dz act'(u), dslope added to; u is overwritten; compiled code only."""
+
+
+@overload(_activate, jit_options=OPTIONS)
+def _choose_activate(kind, u, alpha, slope):
+    if not kind.count:
+        return lambda kind, u, alpha, slope: None
+    value, sloped = _VALUE[kind.count - 1], _SLOPE[kind.count - 1] is not None
+
+    def run(kind, u, alpha, slope):
         for c in range(len(u)):
-            dz[c] = u.dtype.type(0) if u[c] <= 0 else dz[c]
-    else:
-        backward_row(kind, dz, u, alpha, slope, dslope)
+            u[c] = value(u[c], slope[c] if sloped else alpha)
+
+    return run
+
+
+@overload(_activate_backward, jit_options=OPTIONS)
+def _choose_activate_backward(kind, dz, u, alpha, slope, dslope):
+    if not kind.count:
+        return lambda kind, dz, u, alpha, slope, dslope: None
+    k = kind.count - 1
+    gradient, slope_part, from_output = _GRADIENT[k], _SLOPE[k], ACTIVATIONS[list(POINTS)[k]].saves == "y"
+
+    def run(kind, dz, u, alpha, slope, dslope):
+        if from_output:
+            _activate(kind, u, alpha, slope)
+        for c in range(len(u)):
+            dz[c] = gradient(dz[c], u[c], alpha)
+
+    def run_sloped(kind, dz, u, alpha, slope, dslope):
+        for c in range(len(u)):
+            dslope[c] += slope_part(dz[c], u[c])
+            dz[c] = gradient(dz[c], u[c], slope[c])
+
+    return run if slope_part is None else run_sloped
 
 
 @helper
@@ -186,7 +220,7 @@ def forward(
     """Training: statistics of x into mean and inv_std; else mean is given and inv_std comes from running_var."""
     rows, cols = x.shape
     kind, alpha = fused
-    last, scale = drop
+    dropping, last, scale = drop
     layer, step, k0, k1, first_row = stream
     for task in numba.prange((cols + WIDTH - 1) // WIDTH):
         first = task * WIDTH
@@ -216,7 +250,7 @@ def forward(
             out = y[r, here]
             _normalise(x[r, here], mean[here], gain, shift, out)
             _activate(kind, out, alpha, slope[here])
-            if last >= 0:
+            if dropping:
                 _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
                 _drop(out, lanes, last, scale)
 
@@ -228,7 +262,7 @@ def backward(
     """dz is formed in dx (fresh), or is dy."""
     rows, cols = x.shape
     kind, alpha = fused
-    last, scale = drop
+    dropping, last, scale = drop
     layer, step, k0, k1, first_row = stream
     for task in numba.prange((cols + WIDTH - 1) // WIDTH):
         first = task * WIDTH
@@ -256,10 +290,10 @@ def backward(
                 if fresh:
                     row = dz[r, here]
                     row[:] = dy[r, here]
-                    if last >= 0:
+                    if dropping:
                         _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
                         _drop(row, lanes, last, scale)
-                    if kind != IDENTITY:
+                    if len(kind):
                         _normalise(x[r, here], mean[here], gain, shift, u)
                         _activate_backward(kind, row, u, alpha, slope[here], dslope[here])
                 if r < whole and r % 4 == 3:
@@ -284,15 +318,15 @@ def backward(
 # ------------------------------------------------------------------------------------------------ launchers
 def _fused(activation: str | None, alpha: float, slope: np.ndarray | None, gamma: np.ndarray) -> tuple[Any, np.ndarray]:
     """(kind, alpha) for a kernel, and the slopes; an unused array of their type where there are none."""
-    return (index(activation), gamma.dtype.type(alpha)), gamma if slope is None else slope
+    return (KINDS[activation], gamma.dtype.type(alpha)), gamma if slope is None else slope
 
 
 def _dropout(rate: float, seed: int, layer: int, step: int, first_row: int, dtype: Any) -> tuple[Any, Any]:
-    """Highest lane that is kept (-1: no dropout) and the scale; the stream's words."""
-    T = philox.threshold(rate) if rate else 0
-    scale = philox.scale(T, dtype) if rate else np.dtype(dtype).type(1)
+    """(is there dropout, the highest lane that is kept, the scale) and the stream's words."""
+    T = philox.threshold(rate) if rate else 65536
     k0, k1 = philox.split(seed)
-    return (T - 1, scale), tuple(map(np.uint64, (layer & philox.MASK, step, k0, k1, first_row & philox.MASK)))
+    words = tuple(map(np.uint64, (layer & philox.MASK, step, k0, k1, first_row & philox.MASK)))
+    return (rate > 0, np.uint16(T - 1), philox.scale(T, dtype)), words
 
 
 def batchnorm_forward(
@@ -328,7 +362,7 @@ def batchnorm_backward(
     drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
     if dslope is None:
         dslope = np.empty_like(gamma)
-    fresh = fused[0] != IDENTITY or rate > 0
+    fresh = bool(fused[0]) or rate > 0
     dz = dx if fresh else dy
     set_threads(threads)
     backward(

@@ -272,7 +272,7 @@ def _tolerance_backward(sizes: Mapping[str, int]) -> Tolerance:
     return Tolerance(
         ulp=8.0,
         norm=common.norm * (1e6 if sizes["N"] == 2 else 16.0),
-        why="dx is what dz has beside 1 and xhat: with two rows only eps / var of it, with three or four an axis or two",
+        why="dx is what dz has beside 1 and xhat: with two rows eps / var of it, with three or four an axis or two",
     )
 
 

@@ -46,7 +46,7 @@ def block(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[np.ndar
 
 
 def threshold(rate: float) -> int:
-    """Dropout's threshold T of a rate: an element is kept iff its 16-bit lane is below T = floor((1 - rate) 2^16 + 1/2).
+    """Dropout's threshold of a rate, T = floor((1 - rate) 2^16 + 1/2): kept iff the 16-bit lane is below it.
 
     Raises
     ------

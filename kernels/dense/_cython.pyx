@@ -37,13 +37,13 @@ cdef extern from "activations/table.h" nogil:
 ctypedef void (*block_product)(const fd_dense_block*) noexcept nogil
 
 # A block of A (at most A_BYTES) stays in L2, but for what an L2 of 1 MB loses to the panels of B and C and the prefetch
-# brings back: 768 KB was 2 % slower, because fewer rows share a transposed panel of w. A K block is about K_BYTES of a row
-# of A: 512 float32 cost C one round trip per 7000 cycles of a tile; half of it was 3 to 5 % slower, twice the same.
+# brings back: 768 KB was 2 % slower, because fewer rows share a transposed panel of w. A K block is about K_BYTES of a
+# row of A: 512 float32 cost C one round trip per 7000 cycles of a tile; half was 3 to 5 % slower, twice the same.
 cdef int64_t A_BYTES = 1024 * 1024
 cdef int64_t K_BYTES = 2048
-# Plain rows are packed when a block is read often enough to pay for the copy, and only then: A from 24 output panels on
-# (512 columns run 3 % faster in place, 2048 columns 10 % slower: rows 8 KB apart fall on the same sets of L1), B from 128
-# rows on unless its rows are at most 1 KB apart.
+# Plain rows are packed when a block is read often enough to pay for the copy: A from 24 output panels on (16 run 4 %
+# faster in place; 64 run 25 % slower if rows are 8 KB apart, the same sets of L1, and the same otherwise), B from 128 rows
+# on unless its rows are at most 1 KB apart.
 cdef int64_t PACK_A_PANELS = 24
 cdef int64_t PACK_B_ROWS = 128
 cdef int64_t PACK_B_STRIDE = 1024
@@ -118,7 +118,8 @@ cdef void pack_panels(const fd_array* a, void* to, int64_t row, int64_t rows, in
                       a.col_stride)
 
 
-cdef void pack_transposed(const fd_array* b, void* to, int64_t k, int64_t depth, int64_t row, int64_t cols) noexcept nogil:
+cdef void pack_transposed(const fd_array* b, void* to, int64_t k, int64_t depth, int64_t row,
+                          int64_t cols) noexcept nogil:
     """The panel [depth][32] of b^T: columns k.. of b become rows, rows of b become columns."""
     cdef int t = b.itemsize == 8
     cdef int64_t c
@@ -135,7 +136,7 @@ cdef void share(const Product* p, const fd_worker* w, bint by_panel, int64_t* ro
         return
     cdef double even_n = <double>n / ((n + threads - 1) // threads * threads)
     cdef double even_m = <double>m / ((m + threads - 1) // threads * threads)
-    if by_panel or even_n >= 0.9 * even_m:
+    if by_panel or m == 0 or even_n >= 0.9 * even_m:
         fd_share(n, w.thread, w.threads, &panels[0], &panels[1])
     else:
         fd_share(m, w.thread, w.threads, &rows[0], &rows[1])
@@ -158,7 +159,8 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
         return
     blocks(p, &mb, &kb)
     cdef bint thin = by_dots(p)
-    cdef bint pack_a = p.a.col_stride != 1 or not (a_is_panels(p) or thin or panel_share[1] - panel_share[0] < PACK_A_PANELS)
+    cdef bint few = panel_share[1] - panel_share[0] < PACK_A_PANELS
+    cdef bint pack_a = p.a.col_stride != 1 or not (a_is_panels(p) or thin or few)
     b_scratch = w.scratch + (0 if a_is_panels(p) else mb * kb * size)
     cdef bint own_sums = p.sums != NULL and p.sums.data != NULL and (row_share[0] == 0)
     r0 = row_share[0]

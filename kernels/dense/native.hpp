@@ -1,8 +1,9 @@
-// Block functions of the dense products: the micro-kernel C[MR][2 vectors] += A B with its epilogue, packing, column sums.
+// Block functions of the dense products: the micro-kernel C[MR][2 vectors] += A B with its epilogue, dot products,
+// packing, column sums.
 //
-// The micro-kernel is an outer product: per k it loads two vectors of B, broadcasts MR values of A one after the other and
-// does 2 MR fused multiply-adds into accumulators that never leave the registers. Registers decide MR: AVX-512 has 32 (28
-// accumulators, 2 of B, 1 of A), AVX2 and SSE have 16 (12 accumulators, 2 of B, 1 of A, 1 for SSE's separate product).
+// The micro-kernel is an outer product: per k it loads two vectors of B, broadcasts MR values of A one after the other
+// and does 2 MR fused multiply-adds into accumulators that never leave the registers. Registers decide MR: AVX-512 has
+// 32 (28 accumulators, 2 of B, 1 of A), AVX2 and SSE have 16 (12 accumulators, 2 of B, 1 of A, 1 for SSE's product).
 // The compiler keeps the accumulators in registers only if EVERY loop over them is unrolled: one rolled initialisation
 // costs a factor of three.
 #pragma once
@@ -24,7 +25,8 @@ constexpr int AHEAD = 8, AHEAD_T = 24;  // rows of B and of x^T to prefetch; the
 // ---------------------------------------------------------------- micro-kernel
 // The epilogue of a tile that ends within a vector: what earlier K blocks left, bias, z, ReLU, y, in the same order.
 template <class T>
-__attribute__((noinline)) static void finish_part(const fd_dense_block& p, const T* part, int rows, int width, int64_t row, int64_t col, int cols) {
+__attribute__((noinline)) static void finish_part(const fd_dense_block& p, const T* part, int rows, int width,
+                                                  int64_t row, int64_t col, int cols) {
   constexpr int L = lanes<T>;
   for (int i = 0; i < rows; i++, row++, part += width) {
     T *to = (T*)p.c + row * p.c_row + col, *z = p.z ? (T*)p.z + row * p.z_row + col : nullptr;
@@ -39,10 +41,11 @@ __attribute__((noinline)) static void finish_part(const fd_dense_block& p, const
   }
 }
 
-// TA: A comes as rows of k (x^T dy reads x down its rows). STRIDE: elements between rows of A, 0 = p.a_row. A known stride
-// (column panels) makes the MR addresses one base and constants.
+// TA: A comes as rows of k (x^T dy reads x down its rows). STRIDE: elements between rows of A, 0 = p.a_row. A known
+// stride (column panels) makes the MR addresses one base and constants.
 template <class T, int MR, int NV, bool TA, int STRIDE>
-__attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t col, int cols) {
+__attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t col,
+                                           int cols) {
   constexpr int L = lanes<T>;
   vec<T> c[MR][NV];
 #pragma GCC unroll 16
@@ -124,10 +127,13 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
 }
 
 template <class T, int NV, bool TA, int STRIDE>
-static FD_INLINE void run_tile(int rows, const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t col, int cols) {
+static FD_INLINE void run_tile(int rows, const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t col,
+                               int cols) {
   switch (rows) {
-#define FD_CASE(n) \
-  case n: if constexpr (n <= (TA ? TILE_ROWS_T : TILE_ROWS)) tile<T, n, NV, TA, STRIDE>(p, a, b, row, col, cols); return;
+#define FD_CASE(n)                                                                                      \
+  case n:                                                                                               \
+    if constexpr (n <= (TA ? TILE_ROWS_T : TILE_ROWS)) tile<T, n, NV, TA, STRIDE>(p, a, b, row, col, cols); \
+    return;
     FD_CASE(1) FD_CASE(2) FD_CASE(3) FD_CASE(4) FD_CASE(5) FD_CASE(6) FD_CASE(7)
     FD_CASE(8) FD_CASE(9) FD_CASE(10) FD_CASE(11) FD_CASE(12) FD_CASE(13) FD_CASE(14)
 #undef FD_CASE
@@ -136,7 +142,8 @@ static FD_INLINE void run_tile(int rows, const fd_dense_block& p, const T* a, co
 
 // Rows in tiles of nearly equal height (256 = 14 + 13 + ..., never a thin last tile).
 template <class T, int NV, bool TA, int STRIDE>
-static void run_rows(const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t rows, int64_t col, int cols) {
+static void run_rows(const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t rows, int64_t col,
+                     int cols) {
   constexpr int MR = TA ? TILE_ROWS_T : TILE_ROWS;
   const int64_t tiles = (rows + MR - 1) / MR, stride = TA ? 1 : STRIDE ? STRIDE : p.a_row;
   for (int64_t t = 0; t < tiles; t++) {
@@ -167,15 +174,16 @@ template <class T> static void product(const fd_dense_block* p) {
 template <class T> static void product_t(const fd_dense_block* p) { panel_product<T, true, 0>(*p); }
 
 // ---------------------------------------------------------------- dot products
-// C[DOT_ROWS][DOT_COLS] += A B where both lie contiguous along k, for outputs so thin that packing B or broadcasting A would
-// cost more than the product. Lanes are k; the lanes' sums are added by halves at the end.
+// C[DOT_ROWS][DOT_COLS] += A B where both lie contiguous along k, for outputs so thin that packing B or broadcasting A
+// would cost more than the product. Lanes are k; the lanes' sums are added by halves at the end.
 #if FD_LEVEL == FD_AVX512
 constexpr int DOT_ROWS = 4, DOT_COLS = 4;
 #else
 constexpr int DOT_ROWS = 2, DOT_COLS = 4;
 #endif
 
-template <class T, int MR, int NC> __attribute__((noinline)) static void dot_tile(const fd_dense_block& p, int64_t row, int64_t col) {
+template <class T, int MR, int NC>
+__attribute__((noinline)) static void dot_tile(const fd_dense_block& p, int64_t row, int64_t col) {
   constexpr int L = lanes<T>;
   const T *a = (const T*)p.a + row * p.a_row, *b = (const T*)p.b + col * p.b_row;
   vec<T> c[MR][NC];
@@ -229,15 +237,18 @@ template <int HALF, class T, int... I> FD_INLINE vec<T> interleave(vec<T> a, vec
 #endif
 }
 
-// An L x L block: log2 L rounds of interleaving row i with row i + L/2 transpose it. At an edge `rows` x `cols` of it exist,
-// and zeros stand for missing columns.
+// An L x L block: log2 L rounds of interleaving row i with row i + L/2 transpose it. At an edge `rows` x `cols` of it
+// exist, and zeros stand for missing columns.
 template <class T, bool EDGE>
 static FD_INLINE void transpose(const T* from, T* to, int64_t between, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
   typedef typename count_to<L>::type all;
   vec<T> r[L], s[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; i++) r[i] = !EDGE ? load(from + i * between) : i < cols ? load_n(from + i * between, (int)rows) : vec<T>{};
+  for (int i = 0; i < L; i++) {
+    if constexpr (!EDGE) r[i] = load(from + i * between);
+    else r[i] = i < cols ? load_n(from + i * between, (int)rows) : vec<T>{};
+  }
 #pragma GCC unroll 4
   for (int half = 1; half < L; half *= 2) {
 #pragma GCC unroll 8
@@ -274,7 +285,8 @@ static void pack(const void* from_, void* to_, int64_t rows, int64_t cols, int64
       const T* block = from + r * row_stride + c * col_stride;
       if (row_stride != 1) {
         for (int64_t i = 0; i < L && r + i < rows; i++)
-          for (int64_t j = 0; j < L; j++) to[(r + i) * PANEL + c + j] = c + j < cols ? block[i * row_stride + j * col_stride] : T(0);
+          for (int64_t j = 0; j < L; j++)
+            to[(r + i) * PANEL + c + j] = c + j < cols ? block[i * row_stride + j * col_stride] : T(0);
       } else if (rows - r >= L && cols - c >= L) {
         transpose<T, false>(block, to + r * PANEL + c, col_stride, L, L);
       } else {
@@ -284,8 +296,8 @@ static void pack(const void* from_, void* to_, int64_t rows, int64_t cols, int64
 }
 
 // ---------------------------------------------------------------- column sums
-// Four running sums (rows r, r+1, r+2, r+3 modulo 4), added as (0 + 1) + (2 + 3): a fixed order, and rounding grows with a
-// quarter of the rows.
+// Four running sums (rows r, r+1, r+2, r+3 modulo 4), added as (0 + 1) + (2 + 3): a fixed order, and rounding grows with
+// a quarter of the rows.
 template <class T>
 static void column_sums(const void* from_, void* out_, int64_t rows, int64_t cols, int64_t row_stride, int add) {
   constexpr int L = lanes<T>;

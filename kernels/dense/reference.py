@@ -72,6 +72,11 @@ def _tolerance(length: str, sizes: Mapping[str, int]) -> Tolerance:
     )
 
 
+def _weights(rng: np.random.Generator, shape: tuple[int, int], dtype: np.dtype, made: Mapping) -> np.ndarray:
+    """Of the size that initialisers draw: a pre-activation near 1, whose rounding an activation does not enlarge."""
+    return rng.standard_normal(shape) / np.sqrt(max(1, shape[0]))
+
+
 def _flops(sizes: Mapping[str, int]) -> float:
     return 2.0 * sizes["N"] * sizes["I"] * sizes["O"]
 
@@ -83,7 +88,7 @@ register_op(
         summary="y = act(x w + b)",
         arrays=(
             Array("x", "N,I"),
-            Array("w", "I,O"),
+            Array("w", "I,O", fill=_weights),
             Array("b", "O", optional=True),
             Array("y", "N,O", role="out"),
             Array("z", "N,O", role="out", optional=True),

@@ -45,16 +45,16 @@ cdef void rows_of_panel(const fd_call* c, const fd_run* run, int64_t panel, int6
 cdef void apply(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
     cdef const fd_array* x = &c.a[0]
     cdef const fd_array* y = &c.a[1]
-    cdef int64_t chunks = (run.rows + CHUNK - 1) // CHUNK, panels = fd_panels(x.cols), k, last
+    cdef int64_t chunks = (run.rows + CHUNK - 1) // CHUNK, panels = fd_panels(x.cols), size = x.itemsize, k, last
     cdef int64_t a, b
     cdef uint32_t kept = fd_dropout_threshold(c.f[0])
     if fd_is_plain(x) and fd_is_plain(y):  # whole rows: memory is read in order
         fd_share(chunks, w.thread, w.threads, &a, &b)
         a, b = a * CHUNK, min(b * CHUNK, run.rows)
         if a < b:
-            native.apply[x.itemsize == 8](x.data + a * x.row_stride * x.itemsize, y.data + a * y.row_stride * x.itemsize,
-                                          b - a, x.cols, x.row_stride, y.row_stride, run.first_row + a, 0,
-                                          <uint32_t>c.i[1], run.step, <uint64_t>c.i[0], kept, 65536.0 / kept)
+            native.apply[size == 8](x.data + a * x.row_stride * size, y.data + a * y.row_stride * size, b - a, x.cols,
+                                    x.row_stride, y.row_stride, run.first_row + a, 0, <uint32_t>c.i[1], run.step,
+                                    <uint64_t>c.i[0], kept, 65536.0 / kept)
         return
     fd_share(panels * chunks, w.thread, w.threads, &a, &b)
     for k in range(a, b):

@@ -2,7 +2,7 @@
 //
 //   y = keep ? x * scale : +0        (also the backward step, on dy)
 //
-// A keep bit costs 0.1 ns (AVX-512), less than a load from memory, so backward draws the mask again.
+// A keep bit costs some 0.1 ns (AVX-512), so backward draws the mask again instead of reading it.
 #pragma once
 #include "abi.h"
 #include "philox.hpp"
@@ -10,9 +10,9 @@
 
 namespace FD_NS {
 
-// Rows of a wide matrix in which 32 columns are finished before the next 32. The columns' share of the first three Philox
-// rounds is drawn once for them, so more rows are better in cache (0.19 ns an element with 4, 0.165 with 8, 0.145 with
-// 128), but 16 rows of 8 KiB fall on one set of L1 (0.43 ns an element with 8 rows at 4096 x 2048, 0.85 with 16).
+// Rows of a wide matrix in which 32 columns are finished before the next 32. The columns' share of the first three
+// Philox rounds is drawn once for them, so more rows are better in cache (0.19 ns an element with 4, 0.165 with 8,
+// 0.145 with 128), but 16 rows of 8 KiB fall on one set of L1 (0.43 ns an element with 8 rows at 4096 x 2048, 0.85 with 16).
 constexpr int64_t DROPOUT_TILE = 8;
 
 // A vector of x * scale where bit (lane) is set, +0 elsewhere, whatever x is.
@@ -40,11 +40,11 @@ template <class T> FD_INLINE void keep_part(const T* x, T* y, vec<T> scale, uint
 
 template <class T>
 static void dropout_apply(const void* x_, void* y_, int64_t rows, int64_t cols, int64_t x_stride, int64_t y_stride,
-                          int64_t first_row, int64_t first_col, uint32_t layer, uint32_t step, uint64_t seed, uint32_t T_,
-                          double scale_) {
+                          int64_t first_row, int64_t first_col, uint32_t layer, uint32_t step, uint64_t seed,
+                          uint32_t kept, double factor) {
   const T* x = (const T*)x_;
   T* y = (T*)y_;
-  const vec<T> scale = splat((T)scale_);
+  const vec<T> scale = splat((T)factor);
   const int64_t tile = cols <= FD_PANEL ? rows : DROPOUT_TILE;
   uint32_t bits[4];
   for (int64_t top = 0; top < rows; top += tile) {
@@ -55,12 +55,12 @@ static void dropout_apply(const void* x_, void* y_, int64_t rows, int64_t cols, 
       int64_t r = top;
       if (width == FD_PANEL)
         for (; r + 4 <= end; r += 4) {
-          philox_keep_4x32((uint32_t)(first_row + r), block, layer, step, seed, T_, bits);
+          philox_keep_4x32((uint32_t)(first_row + r), block, layer, step, seed, kept, bits);
 #pragma GCC unroll 4
           for (int i = 0; i < 4; i++) keep_row(x + (r + i) * x_stride + c, y + (r + i) * y_stride + c, scale, bits[i]);
         }
       for (; r < end; r += 4) {
-        philox_keep_4x32((uint32_t)(first_row + r), block, layer, step, seed, T_, bits);
+        philox_keep_4x32((uint32_t)(first_row + r), block, layer, step, seed, kept, bits);
         for (int i = 0; i < 4 && r + i < end; i++)
           keep_part(x + (r + i) * x_stride + c, y + (r + i) * y_stride + c, scale, bits[i], width);
       }
@@ -68,8 +68,8 @@ static void dropout_apply(const void* x_, void* y_, int64_t rows, int64_t cols, 
   }
 }
 
-static void dropout_mask(uint8_t* mask, int64_t rows, int64_t cols, int64_t stride, int64_t first_row, int64_t first_col,
-                         uint32_t layer, uint32_t step, uint64_t seed, uint32_t T) {
+static void dropout_mask(uint8_t* mask, int64_t rows, int64_t cols, int64_t stride, int64_t first_row,
+                         int64_t first_col, uint32_t layer, uint32_t step, uint64_t seed, uint32_t T) {
   uint32_t bits[4];
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t c = 0; c < cols; c += FD_PANEL) {

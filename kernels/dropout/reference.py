@@ -4,8 +4,8 @@ Shape letters: N rows of the batch, C columns (the row's flattened features).
 
 The mask is a pure function of (column, global row, layer, step, seed), see README.md: nothing is saved for backward,
 which draws the same mask again and applies it to dy. ``rate`` is the probability to **drop**. It is quantised to a
-threshold T of 16 bits, and ``scale = 65536 / T`` is the inverse of the true keep probability, rounded once to the dtype,
-so E[y] = x exactly but for that rounding. A dropped element is +0, even for NaN; a kept NaN stays NaN.
+threshold T of 16 bits, and ``scale = 65536 / T`` is the inverse of the true keep probability, rounded once to the
+dtype, so E[y] = x but for that rounding. A dropped element is +0, even for NaN; a kept NaN stays NaN.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // Losses on a block of at most 64 rows: value and gradient while the rows are in cache.
 //
-// Formulas: reference.py. A row is walked in panels of 32 columns, which is the order of both layouts, so plain rows and
-// panels give the same bits. Lane sums of 32 columns are widened to float64.
+// Formulas: reference.py. A row is walked in panels of 32 columns, the order of both layouts, so plain rows and panels
+// give the same bits. Lane sums of 32 columns are widened to float64.
 #pragma once
 #include "../common/math.hpp"
 #include "table.h"
@@ -41,7 +41,8 @@ template <class T> FD_INLINE T max_lanes(vec<T> v) {
 // True where any lane of a comparison holds.
 template <class I> FD_INLINE bool any(I mask) {
   const vec<int64_t> words = (vec<int64_t>)mask;
-  return fold<int64_t, FD_VECTOR_BYTES>(words, [](auto a, auto b) __attribute__((always_inline)) { return a | b; }) != 0;
+  auto either = [](auto a, auto b) __attribute__((always_inline)) { return a | b; };
+  return fold<int64_t, FD_VECTOR_BYTES>(words, either) != 0;
 }
 // Adds the lanes of v in float64.
 FD_INLINE void widen_add(vec<double>& sum, vec<double> v) { sum += v; }
@@ -53,13 +54,15 @@ FD_INLINE void widen_add(vec<double>& sum, vec<float> v) {
 }
 
 template <class T> struct row_of {  // one row of an fd_matrix
+  static constexpr int WIDTH = 32;  // of a panel
   T* p;
   int64_t panel;
   bool padded;
   FD_INLINE row_of(const fd_matrix& m, int64_t r) : p((T*)m.data + r * m.row), panel(m.panel), padded(m.padded != 0) {}
-  FD_INLINE T* at(int64_t c) const { return p + c / FD_PANEL_COLS * panel + c % FD_PANEL_COLS; }
-  static constexpr int FD_PANEL_COLS = 32;
-  FD_INLINE vec<T> get(int64_t j, int k, int n, T fill) const { return load_fill<T>(p + j * panel + k, n, padded, fill); }
+  FD_INLINE T* at(int64_t c) const { return p + c / WIDTH * panel + c % WIDTH; }
+  FD_INLINE vec<T> get(int64_t j, int k, int n, T fill) const {
+    return load_fill<T>(p + j * panel + k, n, padded, fill);
+  }
   // Writes n lanes; in a padded panel zeros follow to the vector's end.
   FD_INLINE void put(int64_t j, int k, int n, vec<T> v) const {
     if (padded) store(p + j * panel + k, keep_n<T>(v, n, (T)0));
@@ -67,15 +70,15 @@ template <class T> struct row_of {  // one row of an fd_matrix
   }
   // Zeros in the vectors of the last panel that hold no column.
   FD_INLINE void clear_rest(int64_t cols) const {
-    const int used = (int)(cols % FD_PANEL_COLS);
+    const int used = (int)(cols % WIDTH);
     if (!padded || !used) return;
-    for (int k = (used + lanes<T> - 1) / lanes<T> * lanes<T>; k < FD_PANEL_COLS; k += lanes<T>)
-      store(p + cols / FD_PANEL_COLS * panel + k, vec<T>{});
+    for (int k = (used + lanes<T> - 1) / lanes<T> * lanes<T>; k < WIDTH; k += lanes<T>)
+      store(p + cols / WIDTH * panel + k, vec<T>{});
   }
 };
 
-// f(panel, first column in it, lanes that exist) for each vector of a row; g() after each panel. ONE: the row is at most
-// one vector, as with ten classes, and there is no loop.
+// f(panel, first column in it, lanes that exist) for each vector of a row; g() after each panel. ONE: the row is at
+// most one vector, as with ten classes, and there is no loop.
 template <class T, bool ONE, class F, class G> FD_INLINE void walk(int64_t cols, F f, G g) {
   constexpr int L = lanes<T>;
   if constexpr (ONE) {
@@ -141,7 +144,8 @@ template <class T, bool LABELS, bool ONE> static void softmax_rows(const fd_loss
   int64_t right = 0;
   for (int64_t first = 0; first < b->rows; first += group) {
     const int rows = (int)(b->rows - first < group ? b->rows - first : group);
-    T sum[FD_LOSS_ROWS], picked[FD_LOSS_ROWS], mass[FD_LOSS_ROWS], factor[FD_LOSS_ROWS], weight[FD_LOSS_ROWS];
+    T sum[FD_LOSS_ROWS], picked[FD_LOSS_ROWS], mass[FD_LOSS_ROWS], weight[FD_LOSS_ROWS];
+    T gain[FD_LOSS_ROWS], factor[FD_LOSS_ROWS];  // weight * scale, rounded once: p = 1 gives 0; gain * mass / sum
     bool hit[FD_LOSS_ROWS];
     for (int i = 0; i < rows; i++) {
       const int64_t r = first + i;
@@ -178,6 +182,7 @@ template <class T, bool LABELS, bool ONE> static void softmax_rows(const fd_loss
     for (int i = rows; i % L; i++) sum[i] = mass[i] = weight[i] = 1, picked[i] = 0;
     for (int i = 0; i < rows; i += L) {
       const vec<T> s = load(sum + i), k = load(weight + i) * (T)b->scale;
+      store(gain + i, k);
       store(factor + i, k * load(mass + i) / s);
       store(sum + i, load(mass + i) * log_(s) - load(picked + i));  // from here on the row's loss
     }
@@ -189,7 +194,7 @@ template <class T, bool LABELS, bool ONE> static void softmax_rows(const fd_loss
     for (int i = 0; i < rows; i++) {
       const int64_t r = first + i;
       const row_of<T> t(b->targets, r), e(b->dz, r);
-      const T f = factor[i], k = weight[i] * (T)b->scale;
+      const T f = factor[i], k = gain[i];
       walk<T, ONE>(cols, [&](int64_t j, int c, int n) __attribute__((always_inline)) {
         vec<T> d = e.get(j, c, n, (T)0) * f;
         if constexpr (!LABELS) d -= t.get(j, c, n, (T)0) * k;

@@ -119,7 +119,7 @@ def _softmax_onehot(z, bits, targets, target_bits, weight, dz, scale, flip, slot
 def _binary_point(z, t, zero, one):
     """Loss and gradient of one logit."""
     e = numba_math.exp(-abs(z))
-    loss = (z if z > zero else zero) - z * t + numba_math.log1p(e)
+    loss = (z if z > zero else zero) - z * t + numba_math.log1p_unit(e)
     return loss, (one if z >= zero else e) / (one + e) - t
 
 

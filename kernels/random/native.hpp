@@ -1,8 +1,9 @@
-// Philox over arrays of counters, and the permutation of an epoch (README.md): a cycle-walking alternating Feistel network.
+// Philox over arrays of counters, and the permutation of an epoch (README.md): a cycle-walking alternating Feistel
+// network.
 //
-// A position is split into a left (high) and a right (low) half; in turn one half is XORed with a hash of the other, which
-// is undone by doing it again, so that a pass is a bijection of the power of two that holds n. Values of n or more are
-// passed again until they fall below n: less than two passes a value on average (from 33 values on).
+// A position is split into a left (high) and a right (low) half; in turn one half is XORed with a hash of the other,
+// which is undone by doing it again, so that a pass is a bijection of the power of two that holds n. Values of n or
+// more are passed again until they fall below n: less than two passes a value on average (from n = 33 on).
 #pragma once
 #include "philox.hpp"
 #include "random/table.h"
@@ -15,7 +16,8 @@ constexpr int WALK = 128;
 
 typedef vec<uint64_t> words;
 
-// Product of the low halves of the lanes.
+// Product of the low halves of the lanes. (Zero-masking with all lanes on is the plain instruction; GCC 12 warns of an
+// uninitialised operand inside its own header's plain form.)
 FD_INLINE words product(words a, words b) {
 #if FD_LEVEL == FD_AVX512
   return (words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);

@@ -21,7 +21,8 @@ from fastdl.kernels.registry import Impl, register
 
 #: Values of one task: some 10 us of work.
 CHUNK = 1024
-ROUNDS, TAIL = reference.ROUNDS, reference.TAIL
+ROUNDS, LAYER = reference.ROUNDS, np.uint64(philox.PERMUTATION_LAYER)
+TAIL = reference.TAIL
 LN2_HIGH, LN2_LOW, ROOT_HALF = reference.LN2_HIGH, reference.LN2_LOW, reference.ROOT_HALF
 CENTRE, TAIL_NEAR, TAIL_FAR, LOG = (
     np.array(c) for c in (reference.CENTRE, reference.TAIL_NEAR, reference.TAIL_FAR, reference.LOG)
@@ -61,7 +62,11 @@ def mixed(word, k0, k1):
 
 
 @parallel_kernel
-def fill_permutation(index, first, n, low, high, keys):
+def fill_permutation(index, first, n, low, high, k0, k1, epoch):
+    keys = np.empty((ROUNDS, 2), np.uint64)
+    for r in range(0, ROUNDS, 2):
+        words = words_of(np.uint64(r // 2), np.uint64(0), LAYER, epoch, k0, k1)
+        keys[r, 0], keys[r, 1], keys[r + 1, 0], keys[r + 1, 1] = words
     low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)
     for i in numba.prange(index.shape[0]):
         x = (first + np.uint64(i)) % n
@@ -79,9 +84,9 @@ def fill_permutation(index, first, n, low, high, keys):
 def epoch_indices(index, *, n, seed=0, epoch=0, offset=0, threads=1):
     """Write positions offset .. offset + N of the epoch's permutation of n to index (N); positions count modulo n."""
     low, high = reference.split_bits(n)
-    keys = reference.round_keys(seed, epoch)
+    k0, k1 = philox.split(seed)
     set_threads(threads)
-    fill_permutation(index, np.uint64(offset % n), np.uint64(n), np.uint64(low), np.uint64(high), keys)
+    fill_permutation(index, *map(np.uint64, (offset % n, n, low, high, k0, k1, epoch)))
 
 
 # ------------------------------------------------------------------------------------------------ initial values

@@ -1,18 +1,21 @@
 """Random streams apart from dropout: Philox itself, the permutation of an epoch, initial values of parameters.
 
-Shape letters: N counters or rows of a batch, P elements of a parameter (flat). README.md derives the streams; they are a
-contract, and every back end gives the same bits:
+Shape letters: N counters or rows of a batch, P elements of a parameter (flat). README.md derives the streams; they are
+a contract, and every back end gives the same bits:
 
 * ``philox4x32``: the generator of ``common/philox.py`` on arrays of counters.
 * ``epoch_indices``: rows ``offset .. offset + N`` of the epoch's permutation of n, a cycle-walking alternating Feistel
   network (Black and Rogaway, CT-RSA 2002) whose round keys are drawn by Philox. O(1) memory, any part at any time.
-* ``uniform``, ``normal``, ``truncated_normal``: one 52-bit uniform an element, in float64, rounded once to the dtype. The
-  normal ones are its image under the inverse of the normal distribution function, by Wichura's rational approximations
-  (Algorithm AS 241, Applied Statistics 37, 1988; relative error 1e-16) and a logarithm of our own: with + - * / and
-  sqrt alone, in the order written here, no back end can differ, as a libm's log or a fused multiply-add would make it.
+* ``uniform``, ``normal``, ``truncated_normal``: one 52-bit uniform an element, in float64, rounded once to the dtype.
+  The normal ones are its image under the inverse of the normal distribution function, by Wichura's rational
+  approximations (Algorithm AS 241, Applied Statistics 37, 1988; relative error 1e-16) and a logarithm of our own: with
+  + - * / and sqrt alone, in the order written here, no back end can differ, as a libm's log or a fused multiply-add
+  would make it.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
@@ -21,9 +24,11 @@ from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance, register_op
 
 #: Elements of one trip through NumPy: its temporaries of 8 bytes stay in L2.
 CHUNK = 1 << 13
-#: Feistel rounds of the permutation, even because the halves take turns, and the least bits of its domain. With 12 and 6
-#: the frequencies of all n! permutations of n = 3 to 6 pass a chi-square test over 40,000 epochs; 10 rounds, or a domain
-#: of 4 bits, fail it by more than 10 sigma at n = 5.
+#: Data sets up to this many rows have their epoch's permutation kept whole (512 KiB).
+WHOLE = 1 << 16
+#: Feistel rounds of the permutation, even because the halves take turns, and the least bits of its domain. With 12 and
+#: 6 the frequencies of all n! permutations of n = 3 to 6 pass a chi-square test over 40,000 epochs; 10 rounds on the
+#: least power of two fail it by 15 sigma at n = 5.
 ROUNDS = 12
 LEAST_BITS = 6
 #: Phi(-2), where the truncated normal distribution begins.
@@ -60,7 +65,8 @@ TAIL_FAR = (
         1.48753612908506148525e-2, 1.36929880922735805310e-1, 5.99832206555887937690e-1, 1.0,
     ),
 )  # fmt: skip
-# The logarithm of fdlibm (e_log.c, Sun Microsystems 1993): log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), s = f / (2 + f).
+# The logarithm of fdlibm (e_log.c, Sun Microsystems 1993): log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)) with
+# s = f / (2 + f).
 LOG = (
     1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01, 2.222219843214978396e-01,
     2.857142874366239149e-01, 3.999999999940941908e-01, 6.666666666666735130e-01,
@@ -108,19 +114,33 @@ def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return left << low | right
 
 
+def positions(first: int, count: int, n: int, seed: int, epoch: int) -> np.ndarray:
+    """What stands at positions first .. first + count of the epoch's permutation; positions count modulo n."""
+    keys = round_keys(seed, epoch)
+    x = permute(((np.arange(count) + first) % n).astype(np.uint64), n, keys)
+    outside = np.flatnonzero(x >= n)
+    while outside.size:  # walk the cycle until it comes back below n
+        x[outside] = permute(x[outside], n, keys)
+        outside = outside[x[outside] >= n]
+    return x.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=2)
+def whole(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of a small epoch: NumPy draws it at once for less than the batches one by one."""
+    return positions(0, n, n, seed, epoch)
+
+
 def epoch_indices(
     index: np.ndarray, *, n: int, seed: int = 0, epoch: int = 0, offset: int = 0, threads: int = 1
 ) -> None:
     """Write positions offset .. offset + N of the epoch's permutation of n to index (N); positions count modulo n."""
-    keys = round_keys(seed, epoch)
+    if n <= WHOLE:
+        np.take(whole(n, seed, epoch), np.arange(offset, offset + len(index)), out=index, mode="wrap")
+        return
     for a in range(0, len(index), CHUNK):
-        position = (np.arange(a, min(a + CHUNK, len(index))) + offset) % n
-        x = permute(position.astype(np.uint64), n, keys)
-        outside = np.flatnonzero(x >= n)
-        while outside.size:  # walk the cycle until it comes back below n
-            x[outside] = permute(x[outside], n, keys)
-            outside = outside[x[outside] >= n]
-        index[a : a + CHUNK] = x
+        piece = index[a : a + CHUNK]
+        piece[...] = positions(offset + a, len(piece), n, seed, epoch)
 
 
 # ------------------------------------------------------------------------------------------------ initial values

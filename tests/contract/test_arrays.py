@@ -45,14 +45,15 @@ def test_layouts(spec, dtype, layout, runner, request):
 @pytest.mark.best_level
 @pytest.mark.parametrize("spec", WITH_MATRIX, ids=by_name)
 def test_repeated_rows(spec, runner):
-    """An input row that stands for all rows, by a stride of 0."""
+    """An input row that stands for all rows, by a stride of 0; rows that are all equal suit no op's tolerance, hence the
+    comparison with plain rows."""
     for call in some_calls(spec, FLOAT32, runner.backend):
         same = {
             a.name: np.repeat(x[:1], len(x), axis=0)
             for a, x in zip(spec.arrays, call.arrays, strict=True)
             if x is not None and a.role == "in" and x.ndim == 2 and len(x)
         }
-        checks.matches_reference(call.having(**same), runner.backend, layout="repeated")
+        checks.is_as_plain(call.having(**same), runner.backend, "repeated")
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
