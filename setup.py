@@ -25,7 +25,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 PURE = os.environ.get("FASTDL_PURE") == "1" or sys.platform == "win32"
 # -g0: the interpreter's own flags often ask for debug information, which doubles the time and the size
 CXX_FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
-CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi"]
+# gcc 12 sees uninitialised operands in every unmasked AVX-512 intrinsic
+CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 C_FLAGS = ["-O2", "-g0", "-w"]  # what Cython writes warns about qualifiers, and nobody reads it
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]

@@ -109,8 +109,8 @@ def roof(prepared: Prepared, threads: int) -> tuple[float, str]:
     """Least seconds of a step on this machine, and what sets them: its bytes at copy bandwidth or its flops at peak.
 
     The arrays' footprint decides whose bandwidth counts, a cache's or the memory's. Bandwidth is taken as that of one
-    thread, the peak as that of ``threads`` cores. A copy reads as much as it writes: an op that writes less can be above
-    this roof, since a cache takes more reads than writes in the same time.
+    thread, the peak as that of ``threads`` cores. A copy reads as much as it writes: an op that writes less can come
+    above this roof, since a cache takes more reads than writes in the same time.
     """
     moving = prepared.bytes / bandwidth(prepared.footprint)
     flops = peak()

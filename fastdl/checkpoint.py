@@ -8,8 +8,6 @@ author.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -26,6 +24,8 @@ KEY = "fastdl"
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over the values in the order of their names, row by row, little-endian."""
+    import hashlib  # here, as json below: `import fastdl` should cost little more than NumPy
+
     sha = hashlib.sha256()
     for name in sorted(tensors):
         values = np.asarray(tensors[name])
@@ -44,6 +44,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], descr
     description : mapping
         Whatever rebuilds the net; it must survive a round trip through JSON.
     """
+    import json
+
     import safetensors.numpy
 
     header = {"version": VERSION, "sha256": digest(tensors), "description": description}
@@ -93,8 +95,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     OSError
         The file cannot be opened.
     """
+    import json
+
     import safetensors
-    import safetensors.numpy
 
     name = os.fspath(path)
     with open(path, "rb"):  # a missing file is no broken one

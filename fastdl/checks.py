@@ -17,7 +17,7 @@ def is_array(x: Any, name: str) -> np.ndarray:
 
 
 def floats(x: Any, name: str, dtype: np.dtype | None = None) -> np.ndarray:
-    """A float32 or float64 array, of a given dtype if one is named. Ops never cast."""
+    """An aligned float32 or float64 array, of a given dtype if one is named. Ops never cast."""
     is_array(x, name)
     if dtype is None:
         if x.dtype not in FLOATS:
@@ -26,13 +26,15 @@ def floats(x: Any, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         raise TypeError(f"{name}: expected dtype {dtype} as the other arrays, found {x.dtype}; convert it with astype")
     if not x.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, found {x.dtype}; convert it with astype")
+    if not x.flags.aligned:
+        raise ValueError(f"{name}: expected an aligned array, found one between addresses of its items; copy it with np.array")
     return x
 
 
 def rows(x: np.ndarray, name: str) -> np.ndarray:
     """A two-dimensional view (N, features) with unit column stride; never a copy."""
     if x.ndim == 2:
-        if x.shape[1] > 1 and x.strides[1] != x.itemsize:
+        if x.shape[1] > 1 and x.size and x.strides[1] != x.itemsize:  # empty arrays have strides of 0
             raise ValueError(
                 f"{name}: expected adjacent columns, found strides {x.strides}; copy it with np.ascontiguousarray"
             )

@@ -32,6 +32,8 @@ from fastdl.errors import DataError, FastdlError
 SPLIT_SEED = 0
 #: The baseline runs for so many epochs (the first is not counted), or for so many seconds.
 BASELINE_EPOCHS, BASELINE_SECONDS = 6, 2.0
+#: Where README.md keeps the table of ops.
+OPS_BEGIN, OPS_END = "<!-- ops:begin -->", "<!-- ops:end -->"
 DIGITS = data.Preprocessing(
     "digit", "classification", tuple(range(10)), columns=tuple(Column(f"X[{k}]", 0.0, 16.0) for k in range(64))
 )
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="version, SIMD level, threads and back ends, and why")
     info.set_defaults(run=_info)
     info.add_argument("--ops", action="store_true", help="the table of ops by back end, in Markdown")
+    info.add_argument("--into", metavar="FILE", help="with --ops: write the table into this file, between its markers")
     return parser
 
 
@@ -296,7 +299,7 @@ def _write(file: Any, columns: dict[str, np.ndarray]) -> None:
 # ------------------------------------------------------------------ info
 def _info(options: argparse.Namespace) -> None:
     if options.ops:
-        print(ops_table())
+        _show_ops(options.into)
         return
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, Numba {_version('numba')}"
     print(f"fastdl {fd.__version__}, {versions}, {platform.platform()}")
@@ -322,6 +325,18 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _show_ops(path: str | None) -> None:
+    if path is None:
+        print(ops_table())
+        return
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    before, begin, rest = text.partition(OPS_BEGIN)
+    _, end, after = rest.partition(OPS_END)
+    if not end:
+        raise ValueError(f"{path}: expected the markers {OPS_BEGIN!r} and {OPS_END!r}")
+    pathlib.Path(path).write_text(f"{before}{begin}\n{ops_table()}\n{end}{after}", encoding="utf-8")
 
 
 def ops_table() -> str:

@@ -85,9 +85,14 @@ def plan_arena(program: Program, memory: Memory, keep: Iterable[Buffer]) -> tupl
     return {p[4]: (p[0], p[1]) for p in placed}, top
 
 
+def _panel_rows(rows: int) -> int:
+    """Rows of a panel buffer: two at least, or its strides could not be told from those of a plain row."""
+    return max(2, rows)
+
+
 def _stored_size(buffer: Buffer, rows: int, memory: Memory) -> int:
     if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
-        return panels.count(buffer.shape[0]) * panels.WIDTH * rows
+        return panels.count(buffer.shape[0]) * panels.WIDTH * _panel_rows(rows)
     if memory.panel_layout and not buffer.shape:
         return rows
     return buffer.size(rows)
@@ -149,7 +154,7 @@ class Executor:
         size = _stored_size(buffer, rows, memory)
         flat = self.arena[start : start + size * dtype.itemsize].view(dtype)
         if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
-            return Panels(flat.reshape(-1, rows, panels.WIDTH), buffer.shape[0])
+            return Panels(flat.reshape(-1, _panel_rows(rows), panels.WIDTH), buffer.shape[0])
         return flat.reshape(rows, *buffer.shape)
 
     def read(self, buffer: Buffer, rows: int) -> np.ndarray:

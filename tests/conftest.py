@@ -111,6 +111,7 @@ def runners(levels: bool = True) -> list[Any]:
     return found
 
 
+@pytest.hookimpl(trylast=True)  # back ends vary fastest: the same draws serve all of them
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``runner``: back ends with all SIMD levels; ``backend``: back ends by name; ``level``: the levels of this CPU."""
     if "runner" in metafunc.fixturenames:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import fastdl as fd
 from fastdl import cli
 
+README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+RESULTS = ("test accuracy", "test r2", "seconds", "ratio to the numpy back end", "weights sha256")
 QUICK = ["--epochs", "2", "--layers", "16", "--no-baseline"]
 
 
@@ -52,9 +55,8 @@ def slope(tmp_path):
 
 
 def results(stdout):
-    return dict(
-        re.findall(r"^(test accuracy|test r2|seconds|ratio to the numpy back end|weights sha256) (\S+)$", stdout, re.M)
-    )
+    """Result lines by name, in order."""
+    return dict(re.findall(rf"^({'|'.join(RESULTS)}) (\S+)$", stdout, re.M))
 
 
 # train
@@ -281,9 +283,27 @@ def test_as_a_program(tmp_path):
 
 
 def test_readme_holds_the_table_of_ops():
-    readme = cli.pathlib.Path(__file__).resolve().parents[1] / "README.md"
     if set(fd.backends().values()) != {"available"}:
         pytest.skip("the table is that of a full installation")
-    text = readme.read_text(encoding="utf-8")
-    between = text.partition("<!-- ops:begin -->\n")[2].partition("<!-- ops:end -->")[0]
-    assert between.strip() == cli.ops_table()
+    between = README.read_text(encoding="utf-8").partition(cli.OPS_BEGIN)[2].partition(cli.OPS_END)[0]
+    assert between.strip() == cli.ops_table(), "run: python -m fastdl info --ops --into README.md"
+
+
+def test_table_of_ops_into_a_file(run, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{cli.OPS_BEGIN}\nold\n{cli.OPS_END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        assert run("info", "--ops", "--into", path)[0] == 0
+    expected = f"before\n{cli.OPS_BEGIN}\n{cli.ops_table()}\n{cli.OPS_END}\nafter\n"
+    assert path.read_text(encoding="utf-8") == expected
+    path.write_text("no markers", encoding="utf-8")
+    status, _, stderr = run("info", "--ops", "--into", path)
+    assert status == 1
+    assert "expected the markers" in stderr
+    assert path.read_text(encoding="utf-8") == "no markers"
+
+
+def test_readme_example_runs(capsys):
+    example = README.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(compile(example, str(README), "exec"), {})
+    assert float(capsys.readouterr().out.split()[-1]) > 0.95

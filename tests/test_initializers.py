@@ -8,7 +8,18 @@ import pytest
 from fastdl import initializers
 from fastdl.kernels import dispatch
 
-NAMES = "constant glorot_normal glorot_uniform he_normal he_uniform normal ones truncated_normal uniform zeros".split()
+NAMES = [
+    "constant",
+    "glorot_normal",
+    "glorot_uniform",
+    "he_normal",
+    "he_uniform",
+    "normal",
+    "ones",
+    "truncated_normal",
+    "uniform",
+    "zeros",
+]
 
 
 @pytest.mark.parametrize(

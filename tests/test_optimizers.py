@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+import fastdl as fd
 from fastdl import optimizers
 from fastdl.kernels import dispatch
 
@@ -116,9 +117,10 @@ def test_squared_norm_adds_in_float64(backend, dtype, size):
 
 @pytest.mark.parametrize(("norm", "want"), [(5.0, 0.2), (1.0, 1.0), (0.5, 1.0), (0.0, 1.0), (np.inf, 0.0)])
 def test_clip_scale(backend, norm, want):
-    scale = np.array([np.nan])
-    dispatch.run("clip_scale", np.array([norm * norm]), scale, backend=backend, max_norm=1.0)
+    scale, total = np.array([np.nan]), np.array([norm * norm])
+    dispatch.run("clip_scale", total, scale, backend=backend, max_norm=1.0)
     assert scale[0] == pytest.approx(want)
+    assert total[0] == 0  # ready for the next step
 
 
 def test_clip_scale_keeps_nan(backend):
@@ -137,6 +139,19 @@ def test_clipped_gradients_have_the_norm(backend):
     for w, g in zip(moved, gradients, strict=True):
         dispatch.run("sgd_step", w, g, None, scale, backend=backend, lr=1.0)
     assert np.linalg.norm(np.concatenate(moved)) == pytest.approx(2.0, rel=1e-12)
+
+
+def test_every_step_of_a_net_is_clipped_afresh(backend):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((64, 8)).astype(np.float32), np.arange(64) % 3
+    net = fd.Sequential([fd.layers.Dense(3)], seed=1)
+    net.compile("softmax_cross_entropy", fd.optimizers.SGD(1.0, clip_norm=0.05), backend=backend)
+    net.train_on_batch(x, y)
+    for _ in range(3):
+        before = np.concatenate([net.weights[name].ravel() for name in net.weights])
+        net.train_on_batch(x, y)
+        after = np.concatenate([net.weights[name].ravel() for name in net.weights])
+        assert np.linalg.norm(after - before) == pytest.approx(0.05, rel=1e-4)
 
 
 def run_all(size, dtype, threads, backend="cython"):

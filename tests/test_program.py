@@ -130,3 +130,19 @@ def test_arena_keeps_live_buffers_apart() -> None:
                 continue
             assert ranges[a][1] <= ranges[b][0] or ranges[b][1] <= ranges[a][0], (a.name, b.name)
     assert top < total  # memory is reused
+
+
+@pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled back end is not built")
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_padding_of_panels_stays_zero(activation: str, rows: int) -> None:
+    """Gradient clipping sums over the arena, padding included; cos and softplus make non-zero values of zeros."""
+    X, y = data(rows)
+    net = block_net(activation).compile("softmax_cross_entropy", "adam", backend="cython")
+    for _ in range(3):
+        net.train_on_batch(X, y)
+    memory = net._runtime.memory
+    for arena, tensors in ((memory.parameters.values, net.weights), (memory.gradients, net.gradients)):
+        real = np.concatenate([tensors[name].ravel() for name in net.gradients])
+        assert np.isfinite(arena).all()
+        assert np.count_nonzero(arena) == np.count_nonzero(real)

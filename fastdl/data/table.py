@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -170,6 +169,8 @@ def _check_header(source: str, names: Sequence[str]) -> None:
 
 
 def _read_npz(source: str, target: str | None) -> Table:
+    import zipfile  # here: most programs that import fastdl never read an archive
+
     try:
         with np.load(source, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

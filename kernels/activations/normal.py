@@ -2,9 +2,9 @@
 
     Phi(x) = erfc(-x / sqrt 2) / 2
 
-float64 follows fdlibm's piecewise rational erf and erfc (Sun Microsystems 1993), about 1e-15 relative. float32 takes one
-rational function of u = |x|: Phi(-u) = e^(-u^2 / 2) P(u) / Q(u) with relative error 6e-9, to which e^(-u^2 / 2) adds
-u^2 / 4 ulp; the compiled kernels use the same one.
+float64 follows fdlibm's piecewise rational erf and erfc (Sun Microsystems 1993), about 1e-15 relative. float32 takes
+one rational function of u = |x|: Phi(-u) = e^(-u^2 / 2) P(u) / Q(u) with relative error 6e-9, to which e^(-u^2 / 2)
+adds u^2 / 4 ulp; the compiled kernels use the same one.
 """
 
 from __future__ import annotations

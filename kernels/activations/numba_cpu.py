@@ -1,13 +1,13 @@
 """Loops over the point functions of points.py, and softmax over rows, with Numba.
 
-Which activation a loop computes is told by the *type* of its last argument, a tuple of as many zeros as the activation's
-position in ``POINTS`` (``kind``): each activation is compiled into a loop of its own, vectorised by LLVM, and still found in
-the disk cache (loops made by a factory over functions never are). Nothing here knows an activation by name, save that those
-with a slope per column have loops of their own.
+Which activation a loop computes is told by the *type* of its last argument, a tuple of as many zeros as the
+activation's position in ``POINTS`` (``kind``): each activation is compiled into a loop of its own, vectorised by LLVM,
+and still found in the disk cache (loops made by a factory over functions never are). Nothing here knows an activation
+by name; those with a slope per column have loops of their own.
 
 Element-wise loops walk arrays as rows of a flat span, so that a row stride costs nothing; in-place calls have their own
-loops, because LLVM vectorises a loop over two arrays only after a check that they do not overlap. Every element and every
-column sum is computed in one order at any number of threads.
+loops, because LLVM vectorises a loop over two arrays only after a check that they do not overlap. Every element and
+every column sum is computed in one order at any number of threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from fastdl.kernels.activations.points import POINTS
+from fastdl.kernels.activations.points import NEAR, POINTS
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
 from fastdl.kernels.common.numba_math import cast, exp
@@ -28,7 +28,11 @@ KINDS = {name: (0,) * (k + 1) for k, name in enumerate(POINTS)}
 _FORWARD = [point(pair[0]) for pair in POINTS.values()]
 _BACKWARD = [point(pair[1]) for pair in POINTS.values()]
 _SLOPE = [point(pair[2]) if len(pair) == 3 else None for pair in POINTS.values()]
+_NEAR = [NEAR.get(name) for name in POINTS]
+_NEAR_FORWARD = [point(near[1]) if near else usual for near, usual in zip(_NEAR, _FORWARD, strict=True)]
+_NEAR_BACKWARD = [point(near[2]) if near else usual for near, usual in zip(_NEAR, _BACKWARD, strict=True)]
 _OPTIONS = {"fastmath": FASTMATH, "error_model": "numpy", "forceinline": True}
+BLOCK = 1024  # elements that take one form of a point function together: 4 KiB, tested in L1
 LANES = 32  # partial results of a row's reduction: enough for two AVX-512 registers
 
 
@@ -44,6 +48,18 @@ def _slope_part(kind, dy, x):
     """One element's part of dslope; compiled code only."""
 
 
+def _is_near(kind, x):
+    """Whether the faster forms serve for a block, True where there are none; compiled code only."""
+
+
+def _near_value(kind, x, a):
+    """The faster form of _value; compiled code only."""
+
+
+def _near_gradient(kind, dy, s, a):
+    """The faster form of _gradient; compiled code only."""
+
+
 @overload(_value, jit_options=_OPTIONS)
 def _choose_value(kind, x, a):
     chosen = _FORWARD[kind.count - 1]
@@ -56,6 +72,27 @@ def _choose_gradient(kind, dy, s, a):
     return lambda kind, dy, s, a: chosen(dy, s, a)
 
 
+@overload(_is_near, jit_options=_OPTIONS)
+def _choose_test(kind, x):
+    near = _NEAR[kind.count - 1]
+    if near is None:
+        return lambda kind, x: True
+    test = near[0]
+    return lambda kind, x: test(x)
+
+
+@overload(_near_value, jit_options=_OPTIONS)
+def _choose_near_value(kind, x, a):
+    chosen = _NEAR_FORWARD[kind.count - 1]
+    return lambda kind, x, a: chosen(x, a)
+
+
+@overload(_near_gradient, jit_options=_OPTIONS)
+def _choose_near_gradient(kind, dy, s, a):
+    chosen = _NEAR_BACKWARD[kind.count - 1]
+    return lambda kind, dy, s, a: chosen(dy, s, a)
+
+
 @overload(_slope_part, jit_options=_OPTIONS)
 def _choose_slope_part(kind, dy, x):
     chosen = _SLOPE[kind.count - 1]
@@ -63,20 +100,36 @@ def _choose_slope_part(kind, dy, x):
 
 
 # ------------------------------------------------------------------------------------------------ element-wise loops
+# A matrix comes as a span of elements, the position of row 0 and the row stride (which may be negative). Slices keep the
+# indices plain: an index that might be negative would keep a loop scalar.
 @serial_kernel
-def _forward(x, y, rows, cols, x_stride, y_stride, a, kind):
+def _forward(x, x0, x_stride, y, y0, y_stride, rows, cols, a, kind):
     for r in range(rows):
-        u, v = x[r * x_stride : r * x_stride + cols], y[r * y_stride : r * y_stride + cols]
-        for c in range(cols):  # an index that may be negative would keep the loop scalar: hence the slices
-            v[c] = _value(kind, u[c], a)
+        p, q = x0 + r * x_stride, y0 + r * y_stride
+        for c in range(0, cols, BLOCK):
+            n = min(BLOCK, cols - c)
+            u, v = x[p + c : p + c + n], y[q + c : q + c + n]
+            if _is_near(kind, u):
+                for k in range(n):
+                    v[k] = _near_value(kind, u[k], a)
+            else:
+                for k in range(n):
+                    v[k] = _value(kind, u[k], a)
 
 
 @serial_kernel
-def _forward_in_place(y, rows, cols, stride, a, kind):
+def _forward_in_place(y, y0, stride, rows, cols, a, kind):
     for r in range(rows):
-        v = y[r * stride : r * stride + cols]
-        for c in range(cols):
-            v[c] = _value(kind, v[c], a)
+        q = y0 + r * stride
+        for c in range(0, cols, BLOCK):
+            n = min(BLOCK, cols - c)
+            v = y[q + c : q + c + n]
+            if _is_near(kind, v):
+                for k in range(n):
+                    v[k] = _near_value(kind, v[k], a)
+            else:
+                for k in range(n):
+                    v[k] = _value(kind, v[k], a)
 
 
 @parallel_kernel
@@ -84,26 +137,39 @@ def _forward_threads(x, y, n, a, kind, same, chunks):
     for t in numba.prange(chunks):
         first, last = n * t // chunks, n * (t + 1) // chunks
         if same:
-            _forward_in_place(y[first:last], 1, last - first, n, a, kind)
+            _forward_in_place(y, first, n, 1, last - first, a, kind)
         else:
-            _forward(x[first:last], y[first:last], 1, last - first, n, n, a, kind)
+            _forward(x, first, n, y, first, n, 1, last - first, a, kind)
 
 
 @serial_kernel
-def _backward(dy, s, dx, rows, cols, dy_stride, s_stride, dx_stride, a, kind):
+def _backward(dy, dy0, dy_stride, s, s0, s_stride, dx, dx0, dx_stride, rows, cols, a, kind):
     for r in range(rows):
-        u, v = dy[r * dy_stride : r * dy_stride + cols], s[r * s_stride : r * s_stride + cols]
-        w = dx[r * dx_stride : r * dx_stride + cols]
-        for c in range(cols):
-            w[c] = _gradient(kind, u[c], v[c], a)
+        p, q, o = dy0 + r * dy_stride, s0 + r * s_stride, dx0 + r * dx_stride
+        for c in range(0, cols, BLOCK):
+            n = min(BLOCK, cols - c)
+            u, v, w = dy[p + c : p + c + n], s[q + c : q + c + n], dx[o + c : o + c + n]
+            if _is_near(kind, v):
+                for k in range(n):
+                    w[k] = _near_gradient(kind, u[k], v[k], a)
+            else:
+                for k in range(n):
+                    w[k] = _gradient(kind, u[k], v[k], a)
 
 
 @serial_kernel
-def _backward_in_place(dx, s, rows, cols, dx_stride, s_stride, a, kind):
+def _backward_in_place(s, s0, s_stride, dx, dx0, dx_stride, rows, cols, a, kind):
     for r in range(rows):
-        v, w = s[r * s_stride : r * s_stride + cols], dx[r * dx_stride : r * dx_stride + cols]
-        for c in range(cols):
-            w[c] = _gradient(kind, w[c], v[c], a)
+        q, o = s0 + r * s_stride, dx0 + r * dx_stride
+        for c in range(0, cols, BLOCK):
+            n = min(BLOCK, cols - c)
+            v, w = s[q + c : q + c + n], dx[o + c : o + c + n]
+            if _is_near(kind, v):
+                for k in range(n):
+                    w[k] = _near_gradient(kind, w[k], v[k], a)
+            else:
+                for k in range(n):
+                    w[k] = _gradient(kind, w[k], v[k], a)
 
 
 @parallel_kernel
@@ -111,9 +177,9 @@ def _backward_threads(dy, s, dx, n, a, kind, same, chunks):
     for t in numba.prange(chunks):
         first, last = n * t // chunks, n * (t + 1) // chunks
         if same:
-            _backward_in_place(dx[first:last], s[first:last], 1, last - first, n, n, a, kind)
+            _backward_in_place(s, first, n, dx, first, n, 1, last - first, a, kind)
         else:
-            _backward(dy[first:last], s[first:last], dx[first:last], 1, last - first, n, n, n, a, kind)
+            _backward(dy, first, n, s, first, n, dx, first, n, 1, last - first, a, kind)
 
 
 # ------------------------------------------------------------------------------------------------ slope per column
@@ -202,12 +268,14 @@ def _softmax_backward_threads(dy, y, dx, chunks):
 
 
 # ------------------------------------------------------------------------------------------------ launchers
-def _span(a: np.ndarray) -> tuple[np.ndarray, int]:
-    """All elements of a matrix from its first to its last in one dimension, and the row stride."""
+def _span(a: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The elements of a matrix in one dimension, from the lowest address to the highest; row 0's position; row stride."""
     if a.flags.c_contiguous:
-        return a.reshape(-1), a.shape[1]
-    stride = a.strides[0] // a.itemsize
-    return np.lib.stride_tricks.as_strided(a[0], ((a.shape[0] - 1) * stride + a.shape[1],), (a.itemsize,)), stride
+        return a.reshape(-1), 0, a.shape[1]
+    stride, last = a.strides[0] // a.itemsize, a.shape[0] - 1
+    lowest = a[last] if stride < 0 else a[0]
+    flat = np.lib.stride_tricks.as_strided(lowest, (last * abs(stride) + a.shape[1],), (a.itemsize,))
+    return flat, last * -stride if stride < 0 else 0, stride
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -221,18 +289,18 @@ def _make_forward(name: str) -> Any:
         if not x.size:
             return
         a, same = x.dtype.type(alpha), _same(x, y)
-        (u, p), (v, q) = _span(x), _span(y)
+        source, target = _span(x), _span(y)
         rows, cols = x.shape
-        if p == q == cols:
+        if source[2] == target[2] == cols:
             rows, cols = 1, x.size
             if threads > 1:
                 set_threads(threads)
-                _forward_threads(u, v, cols, a, kind, same, threads)
+                _forward_threads(source[0], target[0], cols, a, kind, same, threads)
                 return
         if same:
-            _forward_in_place(v, rows, cols, q, a, kind)
+            _forward_in_place(*target, rows, cols, a, kind)
         else:
-            _forward(u, v, rows, cols, p, q, a, kind)
+            _forward(*source, *target, rows, cols, a, kind)
 
     return forward
 
@@ -244,18 +312,18 @@ def _make_backward(name: str) -> Any:
         if not dy.size:
             return
         a, same = dy.dtype.type(alpha), _same(dy, dx)
-        (u, p), (v, q), (w, o) = _span(dy), _span(s), _span(dx)
+        upstream, saved, target = _span(dy), _span(s), _span(dx)
         rows, cols = dy.shape
-        if p == q == o == cols:
+        if upstream[2] == saved[2] == target[2] == cols:
             rows, cols = 1, dy.size
             if threads > 1:
                 set_threads(threads)
-                _backward_threads(u, v, w, cols, a, kind, same, threads)
+                _backward_threads(upstream[0], saved[0], target[0], cols, a, kind, same, threads)
                 return
         if same:
-            _backward_in_place(w, v, rows, cols, o, q, a, kind)
+            _backward_in_place(*saved, *target, rows, cols, a, kind)
         else:
-            _backward(u, v, w, rows, cols, p, q, o, a, kind)
+            _backward(*upstream, *saved, *target, rows, cols, a, kind)
 
     return backward
 

@@ -3,15 +3,27 @@
     forward(x, a)       y = f(x)
     backward(dy, s, a)  dx = dy f'(x), from s = y or x as ``saves`` of reference.py says
 
-``a`` is alpha or the column's slope. Formulas, NaN rules and kinks: README.md. Comparisons are written so that a NaN passes;
-constants are cast to the argument's type, since a literal would turn float32 into float64.
+``a`` is alpha or the column's slope. Formulas, NaN rules and kinks: README.md. Comparisons are written so that a NaN
+passes; constants are cast to the argument's type, since a literal would turn float32 into float64.
 
 A new activation is its pair here and its line in ``POINTS``.
 """
 
 from __future__ import annotations
 
-from fastdl.kernels.common.numba_math import cast, cos, exp, expm1, log1p_unit, normal_cdf, sin, tanh
+from fastdl.kernels.common.numba_math import (
+    all_near,
+    cast,
+    cos,
+    cos_near,
+    exp,
+    expm1,
+    log1p_unit,
+    normal_cdf,
+    sin,
+    sin_near,
+    tanh,
+)
 
 BOUND = 40.0  # beyond it both forms of GELU are x or -0
 
@@ -125,6 +137,14 @@ def cosine_backward(dy, x, a):
     return -(dy * sin(x))
 
 
+def cosine_near(x, a):
+    return cos_near(x)
+
+
+def cosine_near_backward(dy, x, a):
+    return -(dy * sin_near(x))
+
+
 #: name -> (forward, backward[, gradient of the slope])
 POINTS = {
     "relu": (relu, relu_backward),
@@ -140,3 +160,6 @@ POINTS = {
     "gelu_tanh": (gelu_tanh, gelu_tanh_backward),
     "cos": (cosine, cosine_backward),
 }
+
+#: name -> (test, forward, backward): faster forms for blocks of which test(block of x) is true. Few will need it.
+NEAR = {"cos": (all_near, cosine_near, cosine_near_backward)}

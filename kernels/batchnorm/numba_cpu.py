@@ -11,13 +11,13 @@ from typing import Any
 
 import numba
 import numpy as np
+
 from fastdl.kernels.activations.points import POINTS
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.common import philox
-from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, set_threads
+from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
 from fastdl.kernels.random.points import MASK, philox4x32
 from fastdl.kernels.registry import Impl, register
-from numba.extending import overload
 
 #: Columns of a task, a multiple of 8 (Philox draws 8 columns): 512 bytes of a row, eight counters at a time.
 WIDTH = 128
@@ -31,7 +31,8 @@ FAR = 4.0
 OPTIONS = {"error_model": "numpy", "fastmath": FASTMATH, "forceinline": True}
 helper = numba.njit(**OPTIONS)
 
-KINDS: dict[str | None, tuple[int, ...]] = {None: (), "identity": (), **{n: (0,) * k for k, n in enumerate(POINTS, 1)}}
+IDENTITY = -1
+KINDS: dict[str | None, int] = {None: IDENTITY, "identity": IDENTITY} | {name: k for k, name in enumerate(POINTS)}
 _VALUE = [point(pair[0]) for pair in POINTS.values()]
 _GRADIENT = [point(pair[1]) for pair in POINTS.values()]
 _SLOPE = [point(pair[2]) if len(pair) == 3 else None for pair in POINTS.values()]
@@ -128,9 +129,16 @@ def _draw(words, first_block, row, layer, step, k0, k1):
 
 
 @helper
-def _drop(row, lanes, last, scale):
-    for c in range(len(row)):
-        row[c] = row[c] * scale if lanes[c] <= last else row.dtype.type(0)
+def _drop(x, lanes, last, scale, y):
+    for c in range(len(y)):
+        kept = x[c] * scale
+        y[c] = kept if lanes[c] <= last else y.dtype.type(0)
+
+
+@helper
+def _copy(x, y):
+    for c in range(len(y)):
+        y[c] = x[c]
 
 
 @helper
@@ -139,48 +147,59 @@ def _normalise(x, mean, gain, shift, u):
         u[c] = (x[c] - mean[c]) * gain[c] + shift[c]
 
 
-# The activation is told by the type of `kind`, a tuple of as many zeros as its place in POINTS from 1 on (identity ()),
-# so that each one is compiled into loops of its own and is still found in the disk cache.
-def _activate(kind, u, alpha, slope):
-    """u = act(u); compiled code only."""
+# The activation is a number that is compared once a row, so that one kernel serves all of them: compiling a kernel for
+# each took 8 s an activation, dtype and direction, and a row of 128 columns does not feel a dozen comparisons.
+def _forward_chain(k):
+    """A helper that runs activation k of POINTS, or asks the next one."""
+    value, sloped = _VALUE[k], _SLOPE[k] is not None
+    other = _forward_chain(k + 1) if k + 1 < len(_VALUE) else None
 
-
-def _activate_backward(kind, dz, u, alpha, slope, dslope):
-    """dz = dz act'(u), dslope added to; u is overwritten; compiled code only."""
-
-
-@overload(_activate, jit_options=OPTIONS)
-def _choose_activate(kind, u, alpha, slope):
-    if not kind.count:
-        return lambda kind, u, alpha, slope: None
-    value, sloped = _VALUE[kind.count - 1], _SLOPE[kind.count - 1] is not None
-
+    @helper
     def run(kind, u, alpha, slope):
-        for c in range(len(u)):
-            u[c] = value(u[c], slope[c] if sloped else alpha)
+        if kind == k:
+            for c in range(len(u)):
+                u[c] = value(u[c], slope[c] if sloped else alpha)
+        elif other is not None:
+            other(kind, u, alpha, slope)
 
     return run
 
 
-@overload(_activate_backward, jit_options=OPTIONS)
-def _choose_activate_backward(kind, dz, u, alpha, slope, dslope):
-    if not kind.count:
-        return lambda kind, dz, u, alpha, slope, dslope: None
-    k = kind.count - 1
-    gradient, slope_part, from_output = _GRADIENT[k], _SLOPE[k], ACTIVATIONS[list(POINTS)[k]].saves == "y"
+def _backward_chain(k):
+    value, gradient, slope_part = _VALUE[k], _GRADIENT[k], _SLOPE[k]
+    from_output = ACTIVATIONS[list(POINTS)[k]].saves == "y"
+    other = _backward_chain(k + 1) if k + 1 < len(_VALUE) else None
 
+    @helper
     def run(kind, dz, u, alpha, slope, dslope):
-        if from_output:
-            _activate(kind, u, alpha, slope)
-        for c in range(len(u)):
-            dz[c] = gradient(dz[c], u[c], alpha)
+        if kind == k:
+            if slope_part is not None:
+                for c in range(len(u)):
+                    dslope[c] += slope_part(dz[c], u[c])
+                    dz[c] = gradient(dz[c], u[c], slope[c])
+            else:
+                for c in range(len(u)):
+                    s = value(u[c], alpha) if from_output else u[c]
+                    dz[c] = gradient(dz[c], s, alpha)
+        elif other is not None:
+            other(kind, dz, u, alpha, slope, dslope)
 
-    def run_sloped(kind, dz, u, alpha, slope, dslope):
-        for c in range(len(u)):
-            dslope[c] += slope_part(dz[c], u[c])
-            dz[c] = gradient(dz[c], u[c], slope[c])
+    return run
 
-    return run if slope_part is None else run_sloped
+
+_FORWARD, _BACKWARD = _forward_chain(0), _backward_chain(0)
+
+
+@serial_kernel
+def _activate(kind, u, alpha, slope):
+    """u = act(u)."""
+    _FORWARD(kind, u, alpha, slope)
+
+
+@serial_kernel
+def _activate_backward(kind, dz, u, alpha, slope, dslope):
+    """dz = dz act'(u), dslope added to."""
+    _BACKWARD(kind, dz, u, alpha, slope, dslope)
 
 
 @helper
@@ -249,17 +268,18 @@ def forward(
         for r in range(rows):
             out = y[r, here]
             _normalise(x[r, here], mean[here], gain, shift, out)
-            _activate(kind, out, alpha, slope[here])
+            if kind != IDENTITY:
+                _activate(kind, out, alpha, slope[here])
             if dropping:
                 _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
-                _drop(out, lanes, last, scale)
+                _drop(out, lanes, last, scale, out)
 
 
 @parallel_kernel
 def backward(
     dy, x, gamma, beta, mean, inv_std, slope, dz, dx, dgamma, dbeta, dslope, training, fresh, fused, drop, stream
 ):
-    """dz is formed in dx (fresh), or is dy."""
+    """dz is formed in dx (fresh: then it is dx), or is dy."""
     rows, cols = x.shape
     kind, alpha = fused
     dropping, last, scale = drop
@@ -288,12 +308,13 @@ def backward(
             p1[:], p2[:] = 0, 0
             for r in range(r0, r1):
                 if fresh:
-                    row = dz[r, here]
-                    row[:] = dy[r, here]
+                    row = dx[r, here]
                     if dropping:
                         _draw(words, np.uint64(first // 8), (first_row + np.uint64(r)) & MASK, layer, step, k0, k1)
-                        _drop(row, lanes, last, scale)
-                    if len(kind):
+                        _drop(dy[r, here], lanes, last, scale, row)
+                    else:
+                        _copy(dy[r, here], row)
+                    if kind != IDENTITY:
                         _normalise(x[r, here], mean[here], gain, shift, u)
                         _activate_backward(kind, row, u, alpha, slope[here], dslope[here])
                 if r < whole and r % 4 == 3:
@@ -346,11 +367,10 @@ def batchnorm_inference(
     """Normalise x (N, C) by the running statistics into y (N, C); y may be x."""
     fused, slope = _fused(activation, alpha, slope, gamma)
     drop, stream = _dropout(0.0, 0, 0, 0, 0, x.dtype)
-    inv_std = np.empty_like(running_var)
+    statistics = running_mean.copy(), running_var.copy()  # the kernel writes these arguments when it trains
+    mean, inv_std = running_mean.copy(), np.empty_like(running_var)
     set_threads(threads)
-    forward(
-        x, gamma, beta, running_mean, running_var, slope, y, running_mean, inv_std, False, 0.0, eps, fused, drop, stream
-    )
+    forward(x, gamma, beta, *statistics, slope, y, mean, inv_std, False, 0.0, eps, fused, drop, stream)
 
 
 def batchnorm_backward(
@@ -362,7 +382,7 @@ def batchnorm_backward(
     drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
     if dslope is None:
         dslope = np.empty_like(gamma)
-    fresh = bool(fused[0]) or rate > 0
+    fresh = fused[0] != IDENTITY or rate > 0
     dz = dx if fresh else dy
     set_threads(threads)
     backward(

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.dropout.reference import dropout_backward, dropout_forward
 from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance, register_op

@@ -1,10 +1,11 @@
-"""exp, expm1, log1p, tanh, sin, cos and the normal distribution function as Numba points: common/math.hpp in Python.
+"""exp, log, tanh, erf, sin, cos and the normal distribution function as Numba points: common/math.hpp in Python.
 
-float32 evaluates the polynomials of math.hpp in float32, so that a loop over them is vectorised; float64 calls libm. The
-bounds are those of math.hpp. Every constant is cast to the type of the argument: a bare literal would turn the whole
-expression into float64.
+float32 evaluates the polynomials of math.hpp in float32, so that a loop over them is vectorised; float64 calls libm.
+The bounds are those of math.hpp. Every constant is cast to the type of the argument: a bare literal would turn the
+whole expression into float64.
 
-The functions are overloads of plain Python functions, not dispatchers: any Numba target can compile a point that calls them.
+The functions are overloads of plain Python functions, not dispatchers: any Numba target can compile a point that calls
+them.
 """
 
 from __future__ import annotations
@@ -261,6 +262,49 @@ def _cos(x):
 
 
 @_point
+def _near_quadrant(x):
+    """As _quadrant for |x| <= 2^16, in a third of the time: pi/2 in two pieces of float64, the first of 33 bits."""
+    k = _nearest(x * f4(0.636619772))
+    n = np.float64(k)
+    return i4(k), f4((np.float64(x) - n * 1.57079632673412561417) - n * 6.07710050650619224932e-11)
+
+
+@_point
+def _sin_near(x):
+    n, r = _near_quadrant(x)
+    s = r * r
+    y = _cos_reduced(s) if n & 1 else _sin_reduced(r, s)
+    y = -y if n & 2 else y
+    return x if x == f4(0) else y
+
+
+@_point
+def _cos_near(x):
+    n, r = _near_quadrant(x)
+    s = r * r
+    y = _sin_reduced(r, s) if n & 1 else _cos_reduced(s)
+    return -y if (n + 1) & 2 else y
+
+
+def all_near(x: np.ndarray) -> bool:
+    """Whether sin_near and cos_near may serve for a whole array; compiled code only."""
+
+
+@overload(all_near, jit_options=_OPTIONS)
+def _all_near(x):
+    if x.dtype == types.float64:
+        return lambda x: True
+
+    def check(x):
+        largest = i4(0)
+        for c in range(x.shape[0]):
+            largest = max(largest, i4(_bits(x[c]) & i4(0x7FFFFFFF)))  # infinities and NaN are the largest
+        return largest <= i4(0x47800000)  # 2^16
+
+    return check
+
+
+@_point
 def _normal_cdf_double(x):
     return 0.5 * math.erfc(x * -0.70710678118654752440)
 
@@ -290,6 +334,8 @@ tanh = _by_dtype("tanh", _tanh, math.tanh)
 erf = _by_dtype("erf", _erf, math.erf)
 sin = _by_dtype("sin", _sin, math.sin)
 cos = _by_dtype("cos", _cos, math.cos)
+sin_near = _by_dtype("sin_near", _sin_near, math.sin)  # float32: for |x| <= 2^16
+cos_near = _by_dtype("cos_near", _cos_near, math.cos)
 normal_cdf = _by_dtype("normal_cdf", _normal_cdf, _normal_cdf_double)
 
 #: The functions that tests and other callers may look up by name.

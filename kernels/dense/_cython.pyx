@@ -42,8 +42,8 @@ ctypedef void (*block_product)(const fd_dense_block*) noexcept nogil
 cdef int64_t A_BYTES = 1024 * 1024
 cdef int64_t K_BYTES = 2048
 # Plain rows are packed when a block is read often enough to pay for the copy: A from 24 output panels on (16 run 4 %
-# faster in place; 64 run 25 % slower if rows are 8 KB apart, the same sets of L1, and the same otherwise), B from 128 rows
-# on unless its rows are at most 1 KB apart.
+# faster in place; 64 run 25 % slower if rows are 8 KB apart, the same sets of L1, and the same otherwise), B from 128
+# rows on unless its rows are at most 1 KB apart.
 cdef int64_t PACK_A_PANELS = 24
 cdef int64_t PACK_B_ROWS = 128
 cdef int64_t PACK_B_STRIDE = 1024

@@ -191,18 +191,21 @@ __attribute__((noinline)) static void dot_tile(const fd_dense_block& p, int64_t 
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < NC; j++) c[i][j] = vec<T>{};
-  for (int64_t k = 0; k < p.k; k += L) {
-    const int n = p.k - k < L ? (int)(p.k - k) : L;
+  auto step = [&](auto at) __attribute__((always_inline)) {
     vec<T> av[MR];
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; i++) av[i] = load_n(a + i * p.a_row + k, n);
+    for (int i = 0; i < MR; i++) av[i] = at(a + i * p.a_row);
 #pragma GCC unroll 4
     for (int j = 0; j < NC; j++) {
-      const vec<T> bv = load_n(b + j * p.b_row + k, n);
+      const vec<T> bv = at(b + j * p.b_row);
 #pragma GCC unroll 4
       for (int i = 0; i < MR; i++) c[i][j] += av[i] * bv;
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + L <= p.k; k += L) step([&](const T* from) __attribute__((always_inline)) { return load(from + k); });
+  const int left = (int)(p.k - k);
+  if (left) step([&](const T* from) __attribute__((always_inline)) { return load_n(from + k, left); });
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -296,8 +299,8 @@ static void pack(const void* from_, void* to_, int64_t rows, int64_t cols, int64
 }
 
 // ---------------------------------------------------------------- column sums
-// Four running sums (rows r, r+1, r+2, r+3 modulo 4), added as (0 + 1) + (2 + 3): a fixed order, and rounding grows with
-// a quarter of the rows.
+// Four running sums (rows r modulo 4), added as (0 + 1) + (2 + 3): a fixed order, and rounding grows with a quarter of
+// the rows.
 template <class T>
 static void column_sums(const void* from_, void* out_, int64_t rows, int64_t cols, int64_t row_stride, int add) {
   constexpr int L = lanes<T>;

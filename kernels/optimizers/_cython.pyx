@@ -104,8 +104,10 @@ cdef int64_t norm_shared(const fd_call* c, int64_t rows) noexcept nogil:
 
 cdef void clip_scale(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
     cdef double ratio
+    cdef double* total = <double*> c.a[0].data
     if w.thread == 0:
-        ratio = c.f[0] / sqrt((<double*> c.a[0].data)[0])
+        ratio = c.f[0] / sqrt(total[0])
+        total[0] = 0.0  # used up: the next step adds from 0
         (<double*> c.a[1].data)[0] = 1.0 if ratio >= 1.0 else ratio  # a NaN ratio stays
 
 

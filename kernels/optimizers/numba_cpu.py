@@ -178,10 +178,11 @@ def squared_norm(g: np.ndarray, total: np.ndarray, threads: int = 1) -> None:
 
 
 def clip_scale(total: np.ndarray, scale: np.ndarray, max_norm: float = 1.0, threads: int = 1) -> None:
-    """The factor that brings a gradient of squared norm total[0] to a norm of at most max_norm; NaN stays NaN."""
+    """The factor that brings a gradient of squared norm total[0] to a norm of at most max_norm; total is used up."""
     norm = math.sqrt(total[0])  # one number: nothing to compile
     ratio = max_norm / norm if norm else math.inf
-    scale[0] = 1.0 if ratio >= 1.0 else ratio
+    scale[0] = 1.0 if ratio >= 1.0 else ratio  # a NaN ratio stays
+    total[0] = 0.0
 
 
 register(Impl("sgd_step", "numba", sgd_step))

@@ -6,7 +6,8 @@
   g <- scale g + l2 w;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
   w <- (1 - lr wd) w - lr [m / (1 - b1^t)] / (sqrt(v / (1 - b2^t)) + eps) with t = step + 1.
 * ``squared_norm``: total <- total + sum g^2 in float64, and ``clip_scale``: scale = min(1, max_norm / sqrt(total))
-  (Pascanu et al. 2013): together the global norm of several gradients, clipped without a second pass over them.
+  (Pascanu et al. 2013), total <- 0 for the next step: together the global norm of several gradients, clipped without a
+  second pass over them.
 
 ``lr`` is multiplied by the call's ``lr_factor``. ``scale`` (1 value, float64) multiplies g when it is given; g itself
 is only read. Elsewhere:
@@ -101,9 +102,13 @@ def squared_norm(g: np.ndarray, total: np.ndarray, threads: int = 1) -> None:
 
 
 def clip_scale(total: np.ndarray, scale: np.ndarray, max_norm: float = 1.0, threads: int = 1) -> None:
-    """The factor that brings a gradient of squared norm total[0] to a norm of at most max_norm; NaN stays NaN."""
+    """The factor that brings a gradient of squared norm total[0] to a norm of at most max_norm; NaN stays NaN.
+
+    The total is used up: it is 0 afterwards, ready for the next step's `squared_norm`.
+    """
     with np.errstate(divide="ignore"):  # a zero gradient: min(1, inf)
         np.minimum(1.0, max_norm / np.sqrt(total), out=scale)
+    total[0] = 0.0
 
 
 def _square(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, made: Mapping) -> np.ndarray:
@@ -191,8 +196,11 @@ CLIP_SCALE = register_op(
     OpSpec(
         name="clip_scale",
         family="optimizers",
-        summary="min(1, max_norm / sqrt(total))",
-        arrays=(Array("total", "1", dtype="f8", fill=_square), Array("scale", "1", role="out", dtype="f8")),
+        summary="min(1, max_norm / sqrt(total)), total back to 0",
+        arrays=(
+            Array("total", "1", role="inout", dtype="f8", fill=_square),
+            Array("scale", "1", role="out", dtype="f8"),
+        ),
         reference=clip_scale,
         params=(Param("max_norm", "float", 1.0),),
         variants=({}, {"max_norm": 0.01}),

@@ -133,6 +133,8 @@ def _is_float_input(array: Array, x: np.ndarray | None) -> bool:
 def is_ill_conditioned(call: Call) -> bool:
     """Whether a rounding error of the inputs changes the reference by far more than the tolerance: a kink is near."""
     tolerance = call.spec.tolerance(call.sizes)
+    if not (tolerance.ulp or tolerance.norm):
+        return False  # the same inputs, the same comparisons
     wanted = call.want
     for k in range(4):
         seed = cases.rng(str(call), k)
