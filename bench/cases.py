@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdl import layers
 from fastdl.kernels import registry
 from fastdl.kernels.registry import OpSpec
-
-from fastdl import layers
 
 #: Back ends that are measured; the third one, numpy, is the baseline.
 BACKENDS = ("cython", "numba")
@@ -87,7 +86,10 @@ class OpCase:
 
     @property
     def params(self) -> dict[str, Any]:
-        return dict(self.spec.variants[self.variant])
+        params = dict(self.spec.variants[self.variant])
+        if "n" in params:  # how many an index picks from: at least as many as it picks
+            params["n"] = max(params["n"], sizes(self.spec, SHAPES[self.shape])["N"])
+        return params
 
     @property
     def name(self) -> str:

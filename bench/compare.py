@@ -123,7 +123,6 @@ def _measure(tree: pathlib.Path, options: argparse.Namespace, cases: Sequence[st
 def _worker(options: argparse.Namespace) -> int:
     """Measure cases with the fastdl of PYTHONPATH; print JSON."""
     import fastdl.kernels
-
     from bench.cases import identity
     from bench.measure import paired, pinned
     from bench.prepare import prepare

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastdl.kernels import dispatch
-from fastdl.kernels.registry import OpSpec, Tolerance
 
 import fastdl as fd
 from bench.cases import NETS, RUNTIME, SHAPES, Case, ChainCase, NetCase, OpCase, sizes, without
 from fastdl.executor import Run
+from fastdl.kernels import dispatch
+from fastdl.kernels.registry import Impl, OpSpec, Tolerance
 
 DTYPE = np.dtype(np.float32)  # speed is promised for float32
 #: Share of elements that may miss the tolerance behind a fused activation: at a kink, the last bit of the batch
@@ -102,13 +103,22 @@ def _op(case: OpCase, threads: int) -> Prepared:
     theirs = _with_outputs(spec, arrays)
     numpy = dispatch.choose(case.op, "numpy")
     return Prepared(
-        lambda: dispatch.call(impl, mine, arguments, threads),
-        lambda: dispatch.call(numpy, theirs, arguments, threads),
+        _caller(impl, mine, arguments, threads),
+        _caller(numpy, theirs, arguments, threads),
         ", ".join(f"{k}={v}" for k, v in values.items()),
         _moved(spec, arrays, values),
         spec.flops(values),
         sum(a.nbytes for a in arrays if a is not None),
     )
+
+
+def _caller(
+    impl: Impl, arrays: Sequence[np.ndarray | None], arguments: Mapping[str, Any], threads: int
+) -> Callable[[], None]:
+    if "epoch" not in arguments:
+        return lambda: dispatch.call(impl, arrays, arguments, threads)
+    epochs = itertools.count()  # a new one each time: an implementation may keep what it drew for the last
+    return lambda: dispatch.call(impl, arrays, {**arguments, "epoch": next(epochs)}, threads)
 
 
 def _moved(spec: OpSpec, arrays: Sequence[np.ndarray | None], values: Mapping[str, int]) -> float:

@@ -27,7 +27,7 @@ def floats(x: Any, name: str, dtype: np.dtype | None = None) -> np.ndarray:
     if not x.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, found {x.dtype}; convert it with astype")
     if not x.flags.aligned:
-        raise ValueError(f"{name}: expected an aligned array, found one between addresses of its items; copy it with np.array")
+        raise ValueError(f"{name}: expected items at aligned addresses, found them in between; copy it with np.array")
     return x
 
 

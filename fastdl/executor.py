@@ -18,6 +18,7 @@ from fastdl.kernels.engine import panels
 from fastdl.kernels.engine.panels import Panels
 from fastdl.parameters import Arena, aligned
 from fastdl.program import PHASES, Buffer, Call, Program
+from fastdl.threads import limit_blas
 
 #: Equal offsets of two buffers must not fall on the same cache sets: buffers start this many bytes apart, modulo 4 KB.
 STAGGER = 832
@@ -223,17 +224,19 @@ class PythonExecutor(Executor):
     def run(self, run: Run, *phases: str) -> None:
         if not run.total_rows:
             run.total_rows = run.rows
-        self._go(*self.span(*(phases or PHASES)), run)
+        with limit_blas(self.threads):
+            self._go(*self.span(*(phases or PHASES)), run)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         first, last = self.span(*PHASES)
-        for _ in range(steps):
-            run.rows = run.total_rows = min(batch, count - run.offset)
-            self._go(first, last, run)
-            stats = self.stored(self.stats)
-            self.totals += (stats[0] * run.rows, run.rows, stats[2])
-            run.offset += run.rows
-            run.step += 1
+        with limit_blas(self.threads):
+            for _ in range(steps):
+                run.rows = run.total_rows = min(batch, count - run.offset)
+                self._go(first, last, run)
+                stats = self.stored(self.stats)
+                self.totals += (stats[0] * run.rows, run.rows, stats[2])
+                run.offset += run.rows
+                run.step += 1
 
 
 class NativeExecutor(Executor):

@@ -21,7 +21,6 @@ from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
 from fastdl.program import Program
 from fastdl.runtime import Runtime, Settings
-from fastdl.threads import limit_blas
 from fastdl.trainer import evaluate_batches, train
 
 #: Rows of one prediction batch: larger ones gain nothing and cost cache.
@@ -216,19 +215,8 @@ class Sequential:
             count, batch = X.shape[0], min(batch_size, X.shape[0])
             bound = runtime.train(batch, Feed(count, shuffle, weight is not None, targets.ndim == 1))
             bound.feed(X, targets, weight)
-            with limit_blas(runtime.backend, config.resolve_threads(None, self._settings.threads)):
-                return train(
-                    self,
-                    bound.executor,
-                    count,
-                    batch,
-                    epochs,
-                    self.epoch,
-                    validation_data,
-                    list(callbacks),
-                    verbose,
-                    self._loss().metric,
-                )
+            metric = self._loss().metric
+            return train(self, bound.executor, count, batch, epochs, validation_data, list(callbacks), verbose, metric)
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """One training step; returns the batch's mean loss before the update."""

@@ -56,7 +56,6 @@ def train(
     count: int,
     batch: int,
     epochs: int,
-    first_epoch: int,
     validation: tuple[Any, ...] | None,
     callbacks: Sequence[Callback],
     verbose: int | bool,
@@ -78,7 +77,7 @@ def train(
         for epoch in range(epochs):
             for callback in callbacks:
                 callback.on_epoch_begin(epoch)
-            logs = _epoch(model, executor, count, batch, first_epoch + epoch, metric)
+            logs = _epoch(model, executor, count, batch, metric)
             if validation is not None:
                 logs |= {f"val_{k}": v for k, v in model.evaluate(*validation).items()}
             for name, value in logs.items():
@@ -96,11 +95,9 @@ def train(
     return history
 
 
-def _epoch(
-    model: Sequential, executor: Executor, count: int, batch: int, epoch: int, metric: str | None
-) -> dict[str, float]:
+def _epoch(model: Sequential, executor: Executor, count: int, batch: int, metric: str | None) -> dict[str, float]:
     executor.totals[:] = 0
-    run = Run(rows=0, step=model.step, epoch=epoch, lr=model.lr)
+    run = Run(rows=0, step=model.step, epoch=model.epoch, lr=model.lr)
     try:
         for _ in epoch_chunks(executor, run, count, batch):
             model.step = run.step

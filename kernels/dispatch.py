@@ -180,7 +180,7 @@ Caller = Callable[[Sequence[Any], Mapping[str, Any], int], None]
 
 
 def caller(impl: Impl) -> Caller:
-    """``call(arrays, arguments, threads)`` for one implementation: what an eager call costs beside the kernel is here."""
+    """``call(arrays, arguments, threads)`` for one implementation: what an eager call costs beside the kernel."""
     if impl.native is None:
         return _python_caller(impl)
     from fastdl.kernels.engine import _cython as engine

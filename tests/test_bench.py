@@ -11,10 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from bench import cases, compare, measure, prepare, table  # noqa: E402
 from fastdl.kernels import dispatch, registry  # noqa: E402
 from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance  # noqa: E402
-
-from bench import cases, compare, measure, prepare, table  # noqa: E402
 
 
 def test_every_op_is_measured_on_every_backend():
@@ -66,7 +65,8 @@ def test_the_ratio_is_the_median_of_paired_ratios():
 def test_interleaving_alternates_the_order():
     seen: list[str] = []
     measure.paired(lambda: seen.append("a"), lambda: seen.append("b"), seconds=0.0, least=4)
-    runs = [c for k, c in enumerate(seen[4:]) if k == 0 or seen[4:][k - 1] != c]
+    timed = seen[4:]  # after four looks at how long a call takes
+    runs = [c for k, c in enumerate(timed) if k == 0 or timed[k - 1] != c]
     assert runs == ["b", "a", "b", "a", "b"]  # b a, a b, b a, a b: equal neighbours merge
 
 

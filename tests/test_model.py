@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fastdl.kernels.activations.reference import ACTIVATIONS
 
 import fastdl as fd
 from fastdl import layers
+from fastdl.kernels.activations.reference import ACTIVATIONS
 
 BACKENDS = [name for name, state in fd.backends().items() if state == "available"]
 

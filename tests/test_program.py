@@ -6,12 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
-from fastdl.kernels.activations.reference import ACTIVATIONS
 
 import fastdl as fd
 from fastdl import layers
 from fastdl.builder import Feed
 from fastdl.executor import plan_arena
+from fastdl.kernels.activations.reference import ACTIVATIONS
 
 BACKENDS = [name for name, state in fd.backends().items() if state == "available"]
 ACTIVATION_NAMES = [n for n, info in ACTIVATIONS.items() if not info.row_op]

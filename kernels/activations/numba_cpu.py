@@ -100,8 +100,8 @@ def _choose_slope_part(kind, dy, x):
 
 
 # ------------------------------------------------------------------------------------------------ element-wise loops
-# A matrix comes as a span of elements, the position of row 0 and the row stride (which may be negative). Slices keep the
-# indices plain: an index that might be negative would keep a loop scalar.
+# A matrix comes as a span of elements, the position of row 0 and the row stride (which may be negative). Slices keep
+# the indices plain: an index that might be negative would keep a loop scalar.
 @serial_kernel
 def _forward(x, x0, x_stride, y, y0, y_stride, rows, cols, a, kind):
     for r in range(rows):
@@ -195,8 +195,9 @@ def _backward_slope(dy, x, slope, dx, dslope, kind):
     for c in range(dslope.shape[0]):
         dslope[c] = 0
     for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
+        for c in range(x.shape[1]):  # apart from dx: the same bits where dx is dy
             dslope[c] += _slope_part(kind, dy[r, c], x[r, c])
+        for c in range(x.shape[1]):
             dx[r, c] = _gradient(kind, dy[r, c], x[r, c], slope[c])
 
 
@@ -269,7 +270,7 @@ def _softmax_backward_threads(dy, y, dx, chunks):
 
 # ------------------------------------------------------------------------------------------------ launchers
 def _span(a: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """The elements of a matrix in one dimension, from the lowest address to the highest; row 0's position; row stride."""
+    """The elements of a matrix in one dimension, from the lowest address up; the position of row 0; the row stride."""
     if a.flags.c_contiguous:
         return a.reshape(-1), 0, a.shape[1]
     stride, last = a.strides[0] // a.itemsize, a.shape[0] - 1

@@ -196,7 +196,8 @@ class Tanh:
 @activation(
     "hard_tanh", layer="HardTanh", summary="Hard hyperbolic tangent", formula="y = max(-1, min(1, x))",
     derivative="[|y| < 1]", source="Collobert 2004", saves="y",
-    special=((-INF, -1.0), (INF, 1.0), (NAN, NAN), (-0.0, 0.0), (TINY, TINY)), kinks=(-1.0, 1.0), flops=(2, 2),
+    special=((-INF, -1.0), (-1.0, -1.0), (1.0, 1.0), (INF, 1.0), (NAN, NAN), (-0.0, 0.0), (TINY, TINY)),
+    kinks=(-1.0, 1.0), flops=(2, 2),
 )  # fmt: skip
 class HardTanh:
     @staticmethod

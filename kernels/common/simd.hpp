@@ -54,13 +54,29 @@ template <class T> FD_INLINE void store_n(T* p, vec<T> v, int n) {
 #endif
 }
 
-// Sum of the lanes by halves: a fixed tree, the same bits every time.
+// f over the lanes by halves: a fixed tree, the same bits every time. The halves stay in registers; a loop over an array of
+// the lanes stays a loop, through memory (softmax of 10 columns: 12.9 against 10.3 us for 256 rows).
+template <class T, int BYTES> struct piece { typedef T type __attribute__((vector_size(BYTES))); };
+template <class T, int BYTES, class F> FD_INLINE T fold(typename piece<T, BYTES>::type v, F f) {
+  if constexpr (BYTES == sizeof(T)) {
+    return v[0];
+  } else {
+    typename piece<T, BYTES / 2>::type half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return fold<T, BYTES / 2>(f(half[0], half[1]), f);
+  }
+}
 template <class T> FD_INLINE T hsum(vec<T> v) {
-  T part[lanes<T>];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int half = lanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
+  return fold<T, FD_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+template <class T> FD_INLINE T hmax(vec<T> v) {
+  return fold<T, FD_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+// True where any lane of a comparison holds.
+template <class I> FD_INLINE bool any(I mask) {
+  const vec<int64_t> words = (vec<int64_t>)mask;
+  auto either = [](auto a, auto b) __attribute__((always_inline)) { return a | b; };
+  return fold<int64_t, FD_VECTOR_BYTES>(words, either) != 0;
 }
 
 // IEEE-ordered: where a lane is NaN, b comes out (write max_(0, x) so that a NaN in x stays a NaN).

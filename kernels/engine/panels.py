@@ -1,7 +1,7 @@
 """Matrices in column panels: the layout of every matrix inside a compiled Program.
 
-A panel holds 32 columns of all rows, ``data[panel, row, column % 32]``. One panel is at the same time a packed operand B
-and a packed operand A of a product, and a column-local op finishes a panel while it is in cache. The width is padded
+A panel holds 32 columns of all rows, ``data[panel, row, column % 32]``. One panel is at the same time a packed operand
+B and a packed operand A of a product, and a column-local op finishes a panel while it is in cache. The width is padded
 with zeros to a multiple of 32.
 """
 

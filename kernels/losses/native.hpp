@@ -21,29 +21,6 @@ template <class T> FD_INLINE vec<T> keep_n(vec<T> v, int n, T fill) {
 template <class T> FD_INLINE vec<T> load_fill(const T* p, int n, bool padded, T fill) {
   return keep_n<T>(padded ? load(p) : load_n(p, n), n, fill);
 }
-// f over the lanes by halves, in registers (a loop over an array of the lanes stays a loop, through memory).
-template <class T, int BYTES> struct piece { typedef T type __attribute__((vector_size(BYTES))); };
-template <class T, int BYTES, class F> FD_INLINE T fold(typename piece<T, BYTES>::type v, F f) {
-  if constexpr (BYTES == sizeof(T)) {
-    return v[0];
-  } else {
-    typename piece<T, BYTES / 2>::type half[2];
-    __builtin_memcpy(half, &v, sizeof v);
-    return fold<T, BYTES / 2>(f(half[0], half[1]), f);
-  }
-}
-template <class T> FD_INLINE T sum_lanes(vec<T> v) {
-  return fold<T, FD_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-template <class T> FD_INLINE T max_lanes(vec<T> v) {
-  return fold<T, FD_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
-}
-// True where any lane of a comparison holds.
-template <class I> FD_INLINE bool any(I mask) {
-  const vec<int64_t> words = (vec<int64_t>)mask;
-  auto either = [](auto a, auto b) __attribute__((always_inline)) { return a | b; };
-  return fold<int64_t, FD_VECTOR_BYTES>(words, either) != 0;
-}
 // Adds the lanes of v in float64.
 FD_INLINE void widen_add(vec<double>& sum, vec<double> v) { sum += v; }
 FD_INLINE void widen_add(vec<double>& sum, vec<float> v) {
@@ -127,7 +104,7 @@ template <class T, bool ONE> FD_INLINE T row_max(const row_of<T>& x, int64_t col
     vec<T>& top = k / lanes<T> % 2 ? b : a;
     top = max_(x.get(j, k, n, low), top);  // a NaN is passed over here and comes out of the exponentials
   });
-  return max_lanes<T>(max_(a, b));
+  return hmax<T>(max_(a, b));
 }
 
 // ------------------------------------------------------------------------------------------- softmax cross-entropy
@@ -175,8 +152,8 @@ template <class T, bool LABELS, bool ONE> static void softmax_rows(const fd_loss
         (k / L % 2 ? other : total) += value;
         if (gradient) e.put(j, k, n, value);
       });
-      sum[i] = sum_lanes<T>(total + other);
-      if constexpr (!LABELS) picked[i] = sum_lanes<T>(dot), mass[i] = sum_lanes<T>(share);
+      sum[i] = hsum<T>(total + other);
+      if constexpr (!LABELS) picked[i] = hsum<T>(dot), mass[i] = hsum<T>(share);
       weight[i] = b->weight ? ((const T*)b->weight)[r] : (T)1;
     }
     for (int i = rows; i % L; i++) sum[i] = mass[i] = weight[i] = 1, picked[i] = 0;
@@ -258,7 +235,7 @@ template <class T, template <class> class P> static void column_block(const fd_l
     const ivec<T> good = (P<T>::wrong(zz, tt) == 0) & (ivec<T>)(loss == loss);
     for (int lane = 0; lane < n; lane++) right -= good[lane];
   }
-  out->loss = sum_lanes<double>(sum);
+  out->loss = hsum<double>(sum);
   out->right = (double)right;
   if (!b->dz.data) return;
   for (int r = 0; r < rows; r++) {
@@ -295,7 +272,7 @@ template <class T, template <class> class P> static void element_block(const fd_
           widen_add(sum, part);
           part = vec<T>{};
         });
-    const double loss = sum_lanes<double>(sum);
+    const double loss = hsum<double>(sum);
     total += (double)weight * loss;
     if constexpr (P<T>::COUNTS) right += !any(wrong) && loss == loss;
     if (gradient) dz.clear_rest(cols);
