@@ -377,6 +377,8 @@ def test_wrong_settings() -> None:
     for rate in (1.0, -0.1, 2, "a", True, 0.99999999):
         with pytest.raises(ValueError, match="rate"):
             layers.Dropout(rate)
+    with pytest.raises(ValueError, match="alpha: elu expects a finite number of at least 0"):
+        layers.ELU(alpha=-1.0)
     with pytest.raises(ValueError, match="compile"):
         fd.Sequential([layers.Dense(2)]).fit(X, y)
     with pytest.raises(ValueError, match="forward"):

@@ -29,8 +29,12 @@ class Elementwise(Layer):
 
     activation: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        if hasattr(self, "alpha"):
+            self.alpha = ACTIVATIONS[self.activation].checked_alpha(self.alpha)
+
     def trace(self, t: Trace, x: Buffer, name: str) -> Buffer:
-        params = {"alpha": float(self.alpha)} if hasattr(self, "alpha") else {}
+        params = {"alpha": self.alpha} if hasattr(self, "alpha") else {}
         return _trace(self.activation, params, t, x, name)
 
 

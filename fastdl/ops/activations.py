@@ -19,15 +19,6 @@ def epilogue(activation: str) -> Any:
     return ACTIVATIONS[activation]
 
 
-def alpha_of(info: Any, alpha: float | None) -> float:
-    """The scalar parameter of an activation, its default if left out."""
-    if alpha is None:
-        return float(info.alpha or 0.0)
-    if info.alpha is None:
-        raise ValueError(f"alpha: {info.name} has no parameter, found {alpha!r}")
-    return float(alpha)
-
-
 def _activation_forward(
     name: str, x: Any, slope: Any, out: Any, params: dict[str, float], backend: str | None, threads: int | None
 ) -> tuple[np.ndarray, Context]:
@@ -92,7 +83,7 @@ def _make_activation(name: str) -> tuple[Any, Any]:
             backend: str | None = None,
             threads: int | None = None,
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, None, out, {"alpha": float(alpha)}, backend, threads)
+            return _activation_forward(name, x, None, out, {"alpha": info.checked_alpha(alpha)}, backend, threads)
 
     else:
 

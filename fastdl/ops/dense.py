@@ -6,7 +6,7 @@ import numpy as np
 
 from fastdl import checks
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.ops.activations import alpha_of, epilogue
+from fastdl.ops.activations import epilogue
 from fastdl.ops.call import Context, context, run
 
 
@@ -45,7 +45,7 @@ def dense_forward(
     if b is not None:
         checks.vector(b, "b", w.shape[1], x.dtype)
     info = epilogue(activation)
-    params = {"activation": activation, "alpha": alpha_of(info, alpha)}
+    params = {"activation": activation, "alpha": info.checked_alpha(alpha)}
     y = checks.output(out, (x.shape[0], w.shape[1]), x.dtype, {"x": x, "w": w, "b": b})
     checks.rows(y, "out")
     z = np.empty_like(y) if info.saves == "x" and activation != "identity" else None

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastdl import checks
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.ops.activations import alpha_of, epilogue
+from fastdl.ops.activations import epilogue
 from fastdl.ops.call import Context, context, run
 from fastdl.ops.dropout import position, stream
 
@@ -74,7 +74,7 @@ def batchnorm_forward(
         info = epilogue(activation)
     y = checks.output(out, x.shape, x.dtype, {"x": x, **vectors, "slope": slope})
     checks.rows(y, "out")
-    params: dict[str, Any] = {"activation": activation, "alpha": alpha_of(info, alpha)}
+    params: dict[str, Any] = {"activation": activation, "alpha": info.checked_alpha(alpha)}
     size = 3 * x.nbytes
     if not training:
         arrays = (x, gamma, beta, running_mean, running_var, slope, y)

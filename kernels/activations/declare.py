@@ -29,6 +29,21 @@ class Activation:
     domain: str
     pair: Any = field(repr=False)
 
+    def checked_alpha(self, alpha: float | None) -> float:
+        """The scalar parameter as a float: the default if left out.
+
+        Backward from the output tells the side of the kink by the sign of y, so alpha must not be negative there.
+        """
+        if self.alpha is None:
+            if alpha is None:
+                return 0.0
+            raise ValueError(f"alpha: {self.name} has no parameter, found {alpha!r}")
+        value = float(self.alpha if alpha is None else alpha)
+        if not np.isfinite(value) or (self.saves == "y" and value < 0):
+            least = " of at least 0" if self.saves == "y" else ""
+            raise ValueError(f"alpha: {self.name} expects a finite number{least}, found {alpha!r}")
+        return value
+
     def forward(
         self, x: np.ndarray, y: np.ndarray, alpha: float | None = None, slope: np.ndarray | None = None
     ) -> None:
