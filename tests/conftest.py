@@ -157,13 +157,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the whole contract matrix, not the slice for CI")
 
 
+def _is_full(config: pytest.Config) -> bool:
+    return config.getoption("--full") or "full" in (config.getoption("-m") or "")
+
+
+@pytest.fixture(scope="session")
+def full_matrix(pytestconfig: pytest.Config) -> bool:
+    """Whether the whole matrix was asked for."""
+    return _is_full(pytestconfig)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "best_level: the compiled back end runs at the best SIMD level alone")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``full`` run with --full or -m full."""
-    if config.getoption("--full") or "full" in (config.getoption("-m") or ""):
+    if _is_full(config):
         return
     out = [item for item in items if item.get_closest_marker("full")]
     if out:

@@ -13,14 +13,14 @@
 namespace FD_NS {
 
 constexpr int WIDTH = FD_BATCHNORM_WIDTH;
-constexpr int QUAD = 4;     // rows handled together: one Philox call gives the bits of 4 rows x 32 columns
-constexpr int AHEAD = 8;     // rows between a prefetch and its use: 4 to 32 measured alike, none costs 30 % at 8 KB a row
-constexpr int GROUP = 8;    // rows whose sum is a tree in registers
-constexpr int SPAN = 256;   // rows that add up in T before they go to a float64 total: rounding grows with 32 + rows / 256
-constexpr int TILE = 32;    // rows that an activation from the table takes at a time: 32 x 128 floats are 16 KB
-constexpr int BITS = 8192;   // words of 32 keep bits that wait on the stack from the sums to dx
-constexpr int FAR = 2;      // a shift more than 2 deviations from the mean costs over 2 bits: choose it again
-constexpr int LOOSE = 16;   // |mean| inv_std from which the rounding of the stored mean is put back (README.md)
+constexpr int QUAD = 4;    // rows handled together: one Philox call gives the bits of 4 rows x 32 columns
+constexpr int AHEAD = 8;   // rows between a prefetch and its use: 4 to 32 are alike, none costs backward 20 to 200 %
+constexpr int GROUP = 8;   // rows whose sum is a tree in registers
+constexpr int SPAN = 256;  // rows that add up in T before they go to a float64 total
+constexpr int TILE = 32;   // rows that an activation of the table takes at a time: 32 x 128 floats are 16 KB
+constexpr int BITS = 8192; // words of 32 keep bits that wait on the stack from the sums to dx
+constexpr int FAR = 2;     // a shift more than 2 deviations from the mean costs over 2 bits: choose it again
+constexpr int LOOSE = 16;  // |mean| inv_std from which the rounding of the stored mean is put back (README.md)
 
 using Block = fd_batchnorm_block;
 
@@ -96,7 +96,8 @@ static void shifted_moments(const Block& k, const T* shift, double* s1, double* 
     for (int64_t c = 0; c < pad; c++) p1[c] = p2[c] = 0;
     const T* x = (const T*)k.x + r0 * k.x_stride;
     int64_t r = r0;
-    for (; r + GROUP <= r1; r += GROUP, x += GROUP * k.x_stride) add_moments<T, GROUP>(x, k.x_stride, k.cols, shift, p1, p2);
+    for (; r + GROUP <= r1; r += GROUP, x += GROUP * k.x_stride)
+      add_moments<T, GROUP>(x, k.x_stride, k.cols, shift, p1, p2);
     for (; r < r1; r++, x += k.x_stride) add_moments<T, 1>(x, k.x_stride, k.cols, shift, p1, p2);
     for (int64_t c = 0; c < pad; c++) s1[c] += p1[c], s2[c] += p2[c];
   }
@@ -164,8 +165,8 @@ template <class T> FD_INLINE vec<T> affine(vec<T> centred, vec<T> gain, vec<T> s
 
 // ------------------------------------------------------------------------------------------------ forward
 FD_INLINE void keep_bits(const Block& k, int64_t row, int64_t p, uint32_t bits[QUAD]) {
-  philox_keep_4x32((uint32_t)(k.first_row + row), (uint32_t)((k.first_col + p) / 8), k.layer, k.step, k.seed, k.threshold,
-                   bits);
+  philox_keep_4x32((uint32_t)(k.first_row + row), (uint32_t)((k.first_col + p) / 8), k.layer, k.step, k.seed,
+                   k.threshold, bits);
 }
 template <class T> FD_INLINE T dropout_scale(const Block& k) { return k.drop ? (T)(65536.0 / k.threshold) : (T)1; }
 
@@ -176,7 +177,7 @@ static void forward_span(const Block& k, const Affine<T>& a, int64_t r0, int64_t
   each_quad(k, r0, r1, [&](int64_t row, int rows, int64_t p) __attribute__((always_inline)) {
     const T* x = (const T*)k.x + row * k.x_stride;
     T* y = (T*)k.y + row * k.y_stride;
-    uint32_t bits[QUAD];
+    uint32_t bits[QUAD] = {};
     if constexpr (DROP) keep_bits(k, row, p, bits);
     prefetch<T>(k.x, k.x_stride, row, p);
     each_vector<T>(p, k.cols, [&](int64_t c, int used, int at) __attribute__((always_inline)) {
@@ -211,7 +212,8 @@ static void drop_span(const Block& k, const void* from, int64_t from_stride, voi
 }
 
 template <class T> static void apply(const Block& k, const Affine<T>& a) {
-  if (k.relu) return k.drop ? forward_span<T, true, true>(k, a, 0, k.rows) : forward_span<T, true, false>(k, a, 0, k.rows);
+  if (k.relu)
+    return k.drop ? forward_span<T, true, true>(k, a, 0, k.rows) : forward_span<T, true, false>(k, a, 0, k.rows);
   if (!k.activation)
     return k.drop ? forward_span<T, false, true>(k, a, 0, k.rows) : forward_span<T, false, false>(k, a, 0, k.rows);
   for (int64_t r = 0; r < k.rows; r += TILE) {  // u, the activation and the mask pass over y while it is in L1
@@ -274,12 +276,12 @@ FD_INLINE vec<T> through(vec<T> dy, vec<T> centred, vec<T> gain, vec<T> shift, T
 
 // p1 += sum dz, p2 += sum dz (x - mean) on rows [r0, r1).
 template <class T, bool RELU, bool DROP>
-static void sum_span(const Block& k, const Affine<T>& a, const void* from, int64_t stride, int64_t r0, int64_t r1, T* p1, T* p2,
-                     Bits* kept) {
+static void sum_span(const Block& k, const Affine<T>& a, const void* from, int64_t stride, int64_t r0, int64_t r1,
+                     T* p1, T* p2, Bits* kept) {
   const T scale = dropout_scale<T>(k);
   each_quad(k, r0, r1, [&](int64_t row, int rows, int64_t p) __attribute__((always_inline)) {
     const T *x = (const T*)k.x + row * k.x_stride, *dy = (const T*)from + row * stride;
-    uint32_t bits[QUAD];
+    uint32_t bits[QUAD] = {};
     if constexpr (DROP) {
       keep_bits(k, row, p, bits);
       if (uint32_t* place = kept->at(k, row, p)) __builtin_memcpy(place, bits, sizeof bits);
@@ -292,7 +294,8 @@ static void sum_span(const Block& k, const Affine<T>& a, const void* from, int64
 #pragma GCC unroll 4
       for (int i = 0; i < rows; i++) {
         const vec<T> t = load_n(x + i * k.x_stride + c, used) - mean;
-        const vec<T> dz = through<T, RELU, DROP>(load_n(dy + i * stride + c, used), t, gain, shift, scale, bits[i] >> at);
+        const vec<T> d = load_n(dy + i * stride + c, used);
+        const vec<T> dz = through<T, RELU, DROP>(d, t, gain, shift, scale, bits[i] >> at);
         s[i & 1] += dz;
         q[i & 1] += dz * t;
       }
@@ -304,13 +307,13 @@ static void sum_span(const Block& k, const Affine<T>& a, const void* from, int64
 
 // dx = (dz - (x - mean) along - across) gain.
 template <class T, bool RELU, bool DROP>
-static void finish(const Block& k, const Affine<T>& a, const void* from, int64_t stride, const T* along, const T* across,
-                   Bits* kept) {
+static void finish(const Block& k, const Affine<T>& a, const void* from, int64_t stride, const T* along,
+                   const T* across, Bits* kept) {
   const T scale = dropout_scale<T>(k);
   each_quad(k, 0, k.rows, [&](int64_t row, int rows, int64_t p) __attribute__((always_inline)) {
     const T *x = (const T*)k.x + row * k.x_stride, *dy = (const T*)from + row * stride;
     T* dx = (T*)k.dx + row * k.dx_stride;
-    uint32_t bits[QUAD];
+    uint32_t bits[QUAD] = {};
     if constexpr (DROP) {
       if (const uint32_t* place = kept->at(k, row, p)) __builtin_memcpy(bits, place, sizeof bits);
       else keep_bits(k, row, p, bits);
@@ -323,7 +326,8 @@ static void finish(const Block& k, const Affine<T>& a, const void* from, int64_t
 #pragma GCC unroll 4
       for (int i = 0; i < rows; i++) {
         const vec<T> t = load_n(x + i * k.x_stride + c, used) - mean;
-        const vec<T> dz = through<T, RELU, DROP>(load_n(dy + i * stride + c, used), t, gain, shift, scale, bits[i] >> at);
+        const vec<T> d = load_n(dy + i * stride + c, used);
+        const vec<T> dz = through<T, RELU, DROP>(d, t, gain, shift, scale, bits[i] >> at);
         store_n(dx + i * k.dx_stride + c, (dz - t * e - f) * gain, used);
       }
     });

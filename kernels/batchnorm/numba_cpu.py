@@ -149,7 +149,7 @@ def _normalise(x, mean, gain, shift, u):
 
 
 # The activation is a number that is compared once a row, so that one kernel serves all of them: compiling a kernel for
-# each took 8 s an activation, dtype and direction, and a row of 128 columns does not feel a dozen comparisons.
+# each took 8 s an activation, dtype and direction, and a task's row does not feel a dozen comparisons.
 def _forward_chain(k):
     """A helper that runs activation k of POINTS, or asks the next one."""
     value, sloped = _VALUE[k], _SLOPE[k] is not None
