@@ -4,7 +4,7 @@ Ratios to the NumPy back end in float32 on one thread: every op in (256, 512) an
 and backward, training steps. Printed as markdown; the run is kept in ``bench/history/<date>-<cpu>.json`` with machine,
 versions and command.
 
-``--readme README.md`` puts the table between the lines ``<!-- bench -->`` and ``<!-- /bench -->`` of a file.
+``--into README.md`` puts the table between the lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` of a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind everything: fastdl is the installed one, or PYTHONPATH's
 
 HISTORY = ROOT / "bench" / "history"
-MARKS = ("<!-- bench -->", "<!-- /bench -->")
+MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 #: Columns that `cells` fills.
 CELLS = ("ratio", "roofline", "bound", "time")
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="seconds of interleaved rounds per number (0.5)")
     parser.add_argument("--only", default="", help="a regular expression over names like relu_forward-L2-cython")
     parser.add_argument("--nets", default="tabular", help="nets whose training step is measured, comma-separated")
-    parser.add_argument("--readme", type=pathlib.Path, help="file whose block is replaced")
+    parser.add_argument("--into", type=pathlib.Path, help="file whose block is replaced")
     parser.add_argument("--no-history", action="store_true", help="keep no JSON of the run")
     options = parser.parse_args(arguments)
 
@@ -122,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(results[-1]["case"], *(cells(found) if found["ratio"] else ["-"]), file=sys.stderr)
     text = render(results, machine())
     print(text)
-    if options.readme is not None:
-        options.readme.write_text(replace_block(options.readme.read_text(), text))
+    if options.into is not None:
+        options.into.write_text(replace_block(options.into.read_text(), text))
     if not options.no_history:
         now = datetime.datetime.now(datetime.UTC)
         name = re.sub(r"[^a-z0-9]+", "-", machine()["cpu"].lower()).strip("-")

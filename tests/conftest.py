@@ -1,4 +1,4 @@
-"""What all tests share: poisoned memory, seeds from test names, back ends with the reason of a skip, the full matrix."""
+"""What all tests share: poisoned memory, seeds from test names, back ends with the reason of a skip."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Runner:
 
 
 def runners(levels: bool = True) -> list[Any]:
-    """Every back end (with every SIMD level of this CPU, or the best one); those that cannot run are skipped, saying why."""
+    """Every back end, with every SIMD level of this CPU or the best one; one that cannot run is skipped, saying why."""
     found: list[Any] = []
     for backend, state in fd.backends().items():
         if state != "available":

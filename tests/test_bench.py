@@ -187,8 +187,8 @@ def test_table_renders_missing_backends_and_rows():
 
 
 def test_block_of_the_readme_is_replaced():
-    text = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
-    assert table.replace_block(text, "new") == "before\n<!-- bench -->\nnew\n<!-- /bench -->\nafter\n"
+    text = "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n"
+    assert table.replace_block(text, "new") == "before\n<!-- bench:begin -->\nnew\n<!-- bench:end -->\nafter\n"
     with pytest.raises(SystemExit, match="no lines"):
         table.replace_block("nothing", "new")
 

@@ -22,7 +22,7 @@ FLOAT32, FLOAT64 = cases.DTYPES
 
 @pytest.fixture
 def plant(monkeypatch, backend):
-    """plant(op, fault): replace an op's implementation; ``fault(right, arrays, arguments)`` gets the right one to call."""
+    """plant(op, fault): replace an implementation; ``fault(right, arrays, arguments)`` gets the right one to call."""
 
     def put(op, fault):
         right = dispatch.candidate(op, backend)
@@ -52,7 +52,11 @@ def register(monkeypatch, impl):
 def some_call(op, dtype=FLOAT32, **variant):
     """The first call of the slice with a full tile and a tail, of a variant."""
     for call in cases.calls(registry.spec(op), dtype):
-        if min(call.sizes.values()) > 6 and variant.items() <= call.arguments.items() and all(x is not None for x in call.arrays):
+        if (
+            min(call.sizes.values()) > 6
+            and variant.items() <= call.arguments.items()
+            and all(x is not None for x in call.arrays)
+        ):
             return call
     raise AssertionError(f"{op}: no call of variant {variant}")
 
@@ -231,7 +235,16 @@ def test_alias(plant, backend):
         go()
 
     call = some_call("relu_forward")
-    planted(plant, "relu_forward", output_first, checks.takes_alias, call, backend, ("x", "y"), says="y differs where y is x")
+    planted(
+        plant,
+        "relu_forward",
+        output_first,
+        checks.takes_alias,
+        call,
+        backend,
+        ("x", "y"),
+        says="y differs where y is x",
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
@@ -250,7 +263,9 @@ print(x.sum(), flush=True)
 by = 1 if {layout!r} == "fence-end" else -1
 print(np.lib.stride_tricks.as_strided(x, (2,), (by * 4 * (x.size if by > 0 else 1),))[1])
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=_environment(), check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=_environment(), check=False
+    )
     assert ran.stdout == "15.0\n", ran.stderr
     assert ran.returncode < 0, "the process survived a read across the fence"
 
@@ -259,7 +274,11 @@ def _environment():
     import os
     import pathlib
 
-    paths = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(pathlib.Path(__file__).parent),
+        str(pathlib.Path(__file__).parent.parent),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
@@ -297,7 +316,9 @@ def test_loss_gradient(plant, backend):
 
 
 # ---------------------------------------------------------------------------------------------- special values
-@pytest.mark.parametrize(("op", "value"), [("relu_forward", np.nan), ("tanh_forward", np.inf), ("sigmoid_forward", -np.inf)])
+@pytest.mark.parametrize(
+    ("op", "value"), [("relu_forward", np.nan), ("tanh_forward", np.inf), ("sigmoid_forward", -np.inf)]
+)
 def test_special_value(op, value, plant, backend):
     def swallowed(go, arrays, arguments):
         x = arrays["x"]

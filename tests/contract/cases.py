@@ -1,4 +1,4 @@
-"""What the contract tests run: sizes from the tile, draws that fit together, layouts. Everything comes from the registry.
+"""What the contract tests run: sizes from the tile, draws that fit together, layouts; all of it from the registry.
 
 A `Call` is an op with arrays, parameters and run-time values. The arrays of a backward op are those of its forward op:
 drawn for it, run through its float64 reference, looked up by name; upstream gradients are drawn at random.
@@ -79,8 +79,8 @@ def rng(*seeds: object) -> np.random.Generator:
 def sizes(spec: OpSpec, full: bool = False) -> list[dict[str, int]]:
     """Sizes of the op's letters: every length with other lengths of the other letters, one and nothing.
 
-    The slice for CI rotates the lists of lengths against each other once, the full matrix takes every pair (every second
-    rotation for three letters).
+    The slice for CI rotates the lists of lengths against each other once, the full matrix takes every pair (every
+    second rotation for three letters).
     """
     letters, n = spec.letters, len(LENGTHS)
     if not letters:

@@ -1,4 +1,4 @@
-"""The checks of the contract, as functions that raise AssertionError; the tests beside this file run them over the registry.
+"""The checks of the contract, as functions that raise AssertionError; the tests beside this file run them.
 
 They know no op by name. `tests/test_planted_faults.py` proves that each of them can turn red.
 """
@@ -69,8 +69,8 @@ def largest(x: np.ndarray) -> float:
 def allowed(want: np.ndarray, dtype: np.dtype, tolerance: Tolerance, inputs: float = 0.0) -> np.ndarray:
     """Largest error of each element of a result.
 
-    In float64 twice the op's tolerance, for the reference errs as well; below the normal numbers one of these. Where all of
-    a result cancels to 0, its norm is that of the largest of the ``inputs``.
+    In float64 twice the op's tolerance, for the reference errs as well; below the normal numbers one of these. Where
+    all of a result cancels to 0, its norm is that of the largest of the ``inputs``.
     """
     info = np.finfo(dtype)
     norm = largest(want) or inputs
@@ -114,7 +114,9 @@ def compare(call: Call, got: Mapping[str, np.ndarray | None]) -> str | None:
     """What is wrong with the outputs of a call, or None."""
     tolerance = call.spec.tolerance(call.sizes)
     dtype = call.dtype if any(a.dtype == "T" for a in call.spec.arrays) else np.dtype(np.float64)
-    inputs = max((largest(x) for a, x in zip(call.spec.arrays, call.arrays, strict=True) if _is_float_input(a, x)), default=0)
+    inputs = max(
+        (largest(x) for a, x in zip(call.spec.arrays, call.arrays, strict=True) if _is_float_input(a, x)), default=0
+    )
     for array, want in zip(call.spec.arrays, call.want, strict=True):
         if array.role == "in" or want is None:
             continue
@@ -145,9 +147,10 @@ def is_ill_conditioned(call: Call) -> bool:
             moved.append(x)
         other = replace(call, arrays=tuple(moved)).reference()
         for array, a, b in zip(call.spec.arrays, other, wanted, strict=True):
-            if array.role != "in" and b is not None and b.dtype.kind == "f":
-                if (np.abs(a - b) > 16 * allowed(b, call.dtype, tolerance)).any():
-                    return True
+            if array.role == "in" or b is None or b.dtype.kind != "f":
+                continue
+            if (np.abs(a - b) > 16 * allowed(b, call.dtype, tolerance)).any():
+                return True
     return False
 
 
@@ -185,7 +188,7 @@ def same_bits(call: Call, backend: str, teams: Sequence[int], layout: str = "pla
         for name, x in first.items():
             if x is not None and bits(x) != bits(other[name]):
                 raise AssertionError(
-                    f"{backend}, {layout}: {call}: {name} differs between a run with {teams[0]} and one with {threads} threads"
+                    f"{backend}, {layout}: {call}: {name} differs between {teams[0]} and {threads} threads"
                 )
 
 
@@ -256,7 +259,7 @@ def has_gradient(spec: OpSpec) -> bool:
 
 
 def gradient_calls(spec: OpSpec) -> Iterator[Call]:
-    """Small float64 calls of a forward op for every variant that its backward ops know, optional arrays present and absent."""
+    """Small float64 calls of a forward op for every variant that its backward ops know, optional arrays in and out."""
     shapes = ({"N": 5, "C": 7, "I": 4, "O": 6}, {"N": 3, "C": 37, "I": 35, "O": 33}, {"N": 1, "C": 2, "I": 1, "O": 1})
     backward = [registry.spec(name) for name in spec.gradients]
     for variant in cases.variants(spec):
@@ -307,8 +310,8 @@ def analytic(call: Call, backend: str, upstream: Mapping[str, np.ndarray]) -> di
 
 
 def objective(call: Call, upstream: Mapping[str, np.ndarray], name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Terms whose sum is differentiated, as a function of one input: dy * y, or the first value of an op that gives its own
-    gradient. Differences are taken term by term, which rounds less than a difference of sums."""
+    """Terms whose sum is differentiated, as a function of one input: dy * y, or the first value of an op that gives its
+    own gradient. Differences are taken term by term, which rounds less than a difference of sums."""
 
     def terms(x: np.ndarray) -> np.ndarray:
         after = call.having(**{name: x}).reference()

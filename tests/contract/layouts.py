@@ -1,7 +1,7 @@
-"""Where an array lies: in rows with a gap, backwards, in panels, off its alignment, before a page that nobody may touch.
+"""Where an array lies: in rows with a gap, backwards, in panels, off its alignment, before a guard page.
 
-Every array of a call gets memory of its own in which each byte outside the array is 0xFF: NaN for a kernel that reads it,
-and a changed byte afterwards tells that a kernel wrote it.
+Every array of a call gets memory of its own in which each byte outside the array is 0xFF: NaN for a kernel that reads
+it, and a changed byte afterwards tells that a kernel wrote it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class InPanels:
         self.raw, self.before = raw, raw.copy()
 
     def _fill(self) -> None:
-        rows, cols = self.value.shape
+        rows = self.value.shape[0]
         for p in range(self.data.shape[0]):
             piece = self.value[:, p * WIDTH : (p + 1) * WIDTH]
             self.data[p, :rows] = 0
@@ -183,7 +183,7 @@ if sys.platform != "win32":
 class Fenced:
     """Memory between two pages that end the process when touched; kept for later calls of the same size."""
 
-    _kept: dict[tuple[int, int], np.ndarray] = {}
+    _kept: ClassVar[dict[tuple[int, int], np.ndarray]] = {}
 
     @classmethod
     def take(cls, size: int, number: int) -> np.ndarray:

@@ -79,7 +79,9 @@ def test_first_array(function, x, error, words):
     refuses(lambda: function(x), error, words)
 
 
-@pytest.mark.parametrize("x", [ones(4), ones(2, 3, 4), np.float32(1) * ones(1)[0:0].reshape(0)], ids=["1d", "3d", "empty"])
+@pytest.mark.parametrize(
+    "x", [ones(4), ones(2, 3, 4), np.float32(1) * ones(1)[0:0].reshape(0)], ids=["1d", "3d", "empty"]
+)
 def test_rank_of_matrices(x):
     for name in ("dense", "batchnorm", "softmax_cross_entropy", "binary_cross_entropy", "mse"):
         refuses(lambda name=name: FIRST[name](x), ValueError, ["expected two dimensions", str(x.shape)])
@@ -104,7 +106,9 @@ def test_empty_batches_of_ops_that_take_them(backend):
     assert not db.any()
     assert ops.dropout_forward(x, 0.5, 1, backend=backend)[0].shape == (0, 3)
     assert ops.relu_forward(ones(3, 0), backend=backend)[0].shape == (3, 0)
-    assert np.array_equal(ops.dense_forward(ones(2, 0), ones(0, 2), np.full(2, 5, F4), backend=backend)[0], np.full((2, 2), 5))
+    assert np.array_equal(
+        ops.dense_forward(ones(2, 0), ones(0, 2), np.full(2, 5, F4), backend=backend)[0], np.full((2, 2), 5)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- shapes and dtypes
@@ -190,7 +194,12 @@ def test_out(function, shape):
 def test_overlap(function, shape):
     memory = np.arange(24, dtype=F4)
     x, one_row_on = memory[:20].reshape(shape), memory[4:].reshape(shape)
-    refuses(lambda: function(x, one_row_on), ValueError, ["out", "overlaps x" if function is not OUT["mse"][0] else "overlaps z"], [memory])
+    refuses(
+        lambda: function(x, one_row_on),
+        ValueError,
+        ["out", "overlaps x" if function is not OUT["mse"][0] else "overlaps z"],
+        [memory],
+    )
     flipped = x[::-1]
     refuses(lambda: function(x, flipped), ValueError, ["overlaps"], [memory])
 
@@ -232,8 +241,21 @@ def test_rate_that_drops_everything():
         refuses(lambda call=call: call(1 - 1e-9), ValueError, ["rate", "drops every element"])
 
 
-@pytest.mark.parametrize(("name", "bad"), [("seed", -1), ("seed", 1 << 64), ("seed", 1.0), ("layer", -1), ("layer", 1 << 32),
-                                           ("step", -1), ("step", 1 << 32), ("step", 0.5), ("first_row", -1), ("first_row", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("seed", -1),
+        ("seed", 1 << 64),
+        ("seed", 1.0),
+        ("layer", -1),
+        ("layer", 1 << 32),
+        ("step", -1),
+        ("step", 1 << 32),
+        ("step", 0.5),
+        ("first_row", -1),
+        ("first_row", True),
+    ],
+)
 def test_stream_positions(name, bad):
     given = {"seed": 1, name: bad}
     words = [name, "expected an integer", repr(bad)]
@@ -246,7 +268,11 @@ def test_random():
     refuses(lambda: fd.random.philox4x32(np.zeros(3, np.uint32), key), ValueError, ["counter", "(..., 4)", "(3,)"])
     refuses(lambda: fd.random.philox4x32(np.zeros(4), key), ValueError, ["counter", "integers", "float64"])
     refuses(lambda: fd.random.philox4x32(np.full(4, -1), key), ValueError, ["counter", "[0, 2**32)"])
-    refuses(lambda: fd.random.philox4x32(np.zeros(4, np.uint32), np.zeros(3, np.uint32)), ValueError, ["key", "(2,)", "(3,)"])
+    refuses(
+        lambda: fd.random.philox4x32(np.zeros(4, np.uint32), np.zeros(3, np.uint32)),
+        ValueError,
+        ["key", "(2,)", "(3,)"],
+    )
     refuses(lambda: fd.random.permutation(0, 1), ValueError, ["n", "at least 1", "0"])
     refuses(lambda: fd.random.permutation(2.0, 1), ValueError, ["n", "integer", "2.0"])
     refuses(lambda: fd.random.dropout_mask((), 0.5, 1), ValueError, ["shape", "at least one dimension"])

@@ -1,4 +1,4 @@
-"""Every op on every back end against the float64 reference: all variants, sizes around the tile, both layouts, all levels."""
+"""Every op on every back end against the float64 reference: variants, sizes around the tile, layouts, SIMD levels."""
 
 from __future__ import annotations
 
