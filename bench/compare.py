@@ -199,8 +199,8 @@ def compare(options: argparse.Namespace) -> int:
             [statistics.median(r[case][key] for r in side) for side in (a, b)] for key in ("seconds", "ratio")
         )
         shown = [*map(duration, seconds), *(f"{r:.2f}" for r in ratios), f"{value:+.1%}"]
-        rows.append([case, *shown, "SLOWER" if case in failed else ""])
-    print(markdown(["case", "time A", "time B", "ratio A", "ratio B", "change", ""], rows))
+        rows.append([case, *shown, "SLOWER" if case in failed else "ok"])
+    print(markdown(["case", "time A", "time B", "ratio A", "ratio B", "change", "verdict"], rows))
     print(f"{len(failed)} of {len(rows)} cases slowed by more than {options.threshold:.0%}")
     return 1 if failed else 0
 

@@ -371,6 +371,7 @@ def test_a_back_end_that_cannot_run_says_why(monkeypatch):
     from fastdl.kernels import dispatch
 
     monkeypatch.setitem(dispatch._state, "numba", "the package numba is not installed; run `pip install numba`")
+    monkeypatch.setattr(dispatch, "_callers", {})
     call = lambda: ops.relu_forward(ones(3, 4), backend="numba")  # noqa: E731
     refuses(call, BackendUnavailable, ["numba", "relu_forward", "pip install numba"])
     assert "pip install numba" in fd.explain("relu_forward", ones(3, 4))
