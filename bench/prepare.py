@@ -115,10 +115,11 @@ def _op(case: OpCase, threads: int) -> Prepared:
 def _caller(
     impl: Impl, arrays: Sequence[np.ndarray | None], arguments: Mapping[str, Any], threads: int
 ) -> Callable[[], None]:
+    call = dispatch.caller(impl)  # what `fd.ops` keeps, too
     if "epoch" not in arguments:
-        return lambda: dispatch.call(impl, arrays, arguments, threads)
+        return lambda: call(arrays, arguments, threads)
     epochs = itertools.count()  # a new one each time: an implementation may keep what it drew for the last
-    return lambda: dispatch.call(impl, arrays, {**arguments, "epoch": next(epochs)}, threads)
+    return lambda: call(arrays, {**arguments, "epoch": next(epochs)}, threads)
 
 
 def _moved(spec: OpSpec, arrays: Sequence[np.ndarray | None], values: Mapping[str, int]) -> float:

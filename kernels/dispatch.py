@@ -196,10 +196,17 @@ def caller(impl: Impl) -> Caller:
         if capsule is None:
             how.capsule(impl, arrays)  # raises with the dtype that came
         ints, floats = scalars(arguments)
-        values = {name: arguments[name] for name in runtime if name in arguments} if runtime else {}
+        values = {name: arguments[name] for name in runtime if name in arguments}
         invoke(capsule, tuple(arrays), ints, floats, rows(arrays), threads, **values)
 
-    return call
+    def plain_call(arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
+        capsule = by_dtype.get(arrays[typed].dtype)
+        if capsule is None:
+            how.capsule(impl, arrays)
+        invoke(capsule, tuple(arrays), (), (), rows(arrays), threads)
+
+    simple = typed is not None and not (how.spec.params or how.spec.runtime)
+    return plain_call if simple else call
 
 
 def _python_caller(impl: Impl) -> Caller:

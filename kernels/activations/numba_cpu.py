@@ -283,10 +283,18 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a is b or np.may_share_memory(a, b)
 
 
+#: On one thread NumPy's own vector loops win: our abs took 1.15 times as long in L2 and in memory, our tanh 1.15 in L2.
+UFUNCS = {"abs": np.abs, "tanh": np.tanh}
+
+
 def _make_forward(name: str) -> Any:
     kind, default = KINDS[name], ACTIVATIONS[name].alpha or 0.0
+    ufunc = UFUNCS.get(name)
 
     def forward(x: np.ndarray, y: np.ndarray, alpha: float = default, threads: int = 1) -> None:
+        if threads == 1 and ufunc is not None:
+            ufunc(x, out=y)
+            return
         if not x.size:
             return
         a, same = x.dtype.type(alpha), _same(x, y)
