@@ -6,6 +6,7 @@ engine, which runs any number of steps in one call without the GIL.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def _stored_size(buffer: Buffer, rows: int, memory: Memory) -> int:
     return buffer.size(rows)
 
 
-class Executor:
+class Executor(ABC):
     """Storage of a bound Program.
 
     Parameters
@@ -174,13 +175,13 @@ class Executor:
         """Bind one of the caller's arrays."""
         self._slots[buffer] = array
 
+    @abstractmethod
     def run(self, run: Run, *phases: str) -> None:
-        """Run the calls of some phases once."""
-        raise TypeError("an Executor is bound to a back end by bind()")
+        """Run the calls of some phases once, all of them if none is named."""
 
+    @abstractmethod
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         """Run ``steps`` batches from row ``run.offset`` of the epoch on; ``totals`` adds up loss, rows, correct."""
-        raise TypeError("an Executor is bound to a back end by bind()")
 
 
 class PythonExecutor(Executor):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ Call = tuple[str | None, dict[str, float], float | None]
 
 
 @dataclass(frozen=True)
-class Initializer:
+class Initializer(ABC):
     """Maps a parameter's shape to the call that fills it."""
 
     #: public name, as in ``Dense(10, kernel_initializer="he_normal")``
@@ -35,9 +36,9 @@ class Initializer:
                 raise ValueError(f"{type(self).__name__}(std=...): expected a deviation >= 0, found {value!r}")
             object.__setattr__(self, field.name, float(value))
 
+    @abstractmethod
     def call(self, shape: Sequence[int]) -> Call:
         """The op of the random family, its parameters, and the value of a constant (the op is None then)."""
-        raise NotImplementedError
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-ready description; `from_config` reads it."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(ABC):
     """What every optimiser tells: the op of its sweep, the state arrays that the op keeps, and the op's parameters."""
 
     #: public name, as in ``compile(optimizer="adam")``
@@ -46,13 +47,13 @@ class Optimizer:
         return value
 
     @property
+    @abstractmethod
     def states(self) -> tuple[str, ...]:
         """Names of the op's state arrays, each of the parameters' shape, zero at the start."""
-        raise NotImplementedError
 
+    @abstractmethod
     def params(self) -> dict[str, float | int]:
         """Parameters of the op, all but ``lr_factor``, which belongs to the parameter."""
-        raise NotImplementedError
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-ready description; `from_config` reads it."""
