@@ -279,33 +279,34 @@ class NativeExecutor(Executor):
         return start, start + max(1, data.nbytes)
 
     def _barriers(self) -> list[bool]:
-        """After which calls the team must meet: where a later call touches what an earlier one may still work on."""
-        from fastdl.kernels.engine._cython import uses_shared
-
+        """After which heads the team must meet: where a later chain touches what an earlier one may still work on."""
         calls = self.program.calls
         barriers = [False] * len(calls)
         read: list[tuple[int, int]] = []
         written: list[tuple[int, int]] = []
-        head = 0
-        for k, call in enumerate(calls):
-            r = [self._extent(b) for b in call.reads]
-            w = [self._extent(b) for b in call.writes]
-            how = dispatch.marshaller(call.op)
-            if uses_shared(how.capsule(self.impls[k], (), self.memory.dtype)):
-                w.append((-1, 0))
-            if call.tail:  # runs between the same barriers as its head
-                read += r
-                written += w
-                continue
+        heads = [k for k, call in enumerate(calls) if not call.tail]
+        for before, k, end in zip([-1, *heads], heads, [*heads[1:], len(calls)], strict=False):
+            r, w = self._touched(range(k, end))
             if _overlap(r, written) or _overlap(w, written) or _overlap(w, read) or _new_phase(calls, k):
-                barriers[head] = True
+                barriers[before] = True
                 read, written = [], []
-            head = k
             read += r
             written += w
-        if calls:
-            barriers[head] = True
+        barriers[heads[-1]] = True
         return barriers
+
+    def _touched(self, chain: range) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Byte ranges that a head and its tails read and write; scratch that the team shares counts as written."""
+        from fastdl.kernels.engine._cython import uses_shared
+
+        read, written = [], []
+        for k in chain:
+            call = self.program.calls[k]
+            read += [self._extent(b) for b in call.reads]
+            written += [self._extent(b) for b in call.writes]
+            if uses_shared(dispatch.marshaller(call.op).capsule(self.impls[k], (), self.memory.dtype)):
+                written.append((-1, 0))
+        return read, written
 
     @property
     def native(self) -> Any:

@@ -134,10 +134,7 @@ def tails(program: Program) -> Program:
     for call in calls:
         head = call.op in HEADS
         local = call.spec.column_local and not head
-        batch = [b for b in call.reads if b.kind == "batch"]
-        joins = local and produced and any(b in produced for b in batch) and out[-1].phase == call.phase
-        fresh = [b for b in batch if b not in produced and any(b in c.writes for c in out[-len(produced) :])]
-        if joins and not fresh:
+        if local and any(b in produced for b in call.reads) and out[-1].phase == call.phase:
             out.append(replace(call, tail=True))
             produced |= set(call.writes)
         else:
