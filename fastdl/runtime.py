@@ -13,6 +13,7 @@ from fastdl.builder import Bound, Builder, Feed
 from fastdl.errors import BackendUnavailable
 from fastdl.executor import Memory
 from fastdl.kernels import dispatch
+from fastdl.kernels.common import philox
 from fastdl.kernels.registry import BACKENDS
 from fastdl.layers.base import Layer
 from fastdl.losses import Loss
@@ -20,8 +21,6 @@ from fastdl.optimizers import Optimizer
 from fastdl.parameters import Weights
 from fastdl.program import Program
 
-#: Initial values of parameter p draw from the stream of layer id 2**30 + p.
-INITIAL_STREAM = 1 << 30
 #: Bound Programs kept: growing batches would otherwise pile up arenas.
 KEPT = 8
 
@@ -123,7 +122,7 @@ class Runtime:
                 op, params, value = segment.initializer.call(segment.buffer.shape)
                 out = np.full(segment.buffer.shape, value if op is None else 0.0, arena.dtype)
                 if op is not None:
-                    layer = INITIAL_STREAM + order.index(segment.name)
+                    layer = philox.INITIAL_LAYER + order.index(segment.name)
                     dispatch.run(op, out.reshape(-1), backend=self.backend, seed=self.seed, layer=layer, **params)
                 arena.write(segment.name, out)
 

@@ -246,3 +246,25 @@ def test_numba_points_follow_the_registry():
     from fastdl.kernels.activations.points import POINTS
 
     assert list(POINTS) == [n for n in ELEMENTWISE if n != "identity"]
+
+
+@pytest.mark.parametrize("name", ["abs", "tanh"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_outputs_beyond_the_caches(level: str, name: str, dtype: type, offset: int) -> None:
+    """Large outputs are written past the caches: the same bits as in pieces, at every alignment, nothing beside."""
+    n = (16 << 20) // np.dtype(dtype).itemsize + 37
+    x = np.random.default_rng(0).standard_normal(n).astype(dtype)
+    memory = np.full(n + 16, 7, dtype)
+    y = memory[offset : offset + n]
+    dispatch.run(f"{name}_forward", x[None], y[None], backend="cython")
+    pieces = np.empty_like(x)
+    for start in range(0, n, 100_003):
+        part = slice(start, start + 100_003)
+        dispatch.run(f"{name}_forward", x[None, part], pieces[None, part], backend="cython")
+    assert np.array_equal(y, pieces)
+    assert (memory[:offset] == 7).all()
+    assert (memory[offset + n :] == 7).all()
+    memory[offset : offset + n] = x
+    dispatch.run(f"{name}_forward", y[None], y[None], backend="cython")  # in place
+    assert np.array_equal(y, pieces)

@@ -7,33 +7,46 @@
 
 namespace FD_NS {
 
-// Elements ahead: abs of (4096, 2048) went from 0.97 to 1.00 of NumPy's speed, hard tanh from 0.98 to 1.03.
-constexpr int AHEAD = 1024;
+// Bytes of an output from which its stores go past the caches: the old line need not be read first. abs of (4096, 2048) runs
+// at 1.19 of NumPy's speed with it and 0.99 without, hard tanh at 1.30 and 1.03. Half of a 32 MB L3: what fits stays there.
+constexpr int64_t STREAM_BYTES = 16 << 20;
 constexpr int unroll = 4;  // registers per turn: relu in L1 runs 1.3 times as fast as with one
+
+// One row of n elements. With STREAM, y begins at a multiple of the register's size.
+template <class F, class T, bool STREAM>
+FD_INLINE void forward_row(const T* x, T* y, int64_t n, const T* slope, vec<T> a) {
+  constexpr int L = lanes<T>;
+  int64_t c = 0;
+  for (; c + unroll * L <= n; c += unroll * L) {
+    vec<T> v[unroll];
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; u++) v[u] = F::value(load(x + c + u * L), F::per_column ? load(slope + c + u * L) : a);
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; u++) {
+      if constexpr (STREAM) stream(y + c + u * L, v[u]);
+      else store(y + c + u * L, v[u]);
+    }
+  }
+  for (; c < n; c += L) {
+    const int left = n - c < L ? (int)(n - c) : L;
+    store_n(y + c, F::value(load_n(x + c, left), F::per_column ? load_n(slope + c, left) : a), left);
+  }
+}
 
 template <class F, class T>
 void forward(const void* x_, void* y_, int64_t rows, int64_t cols, int64_t xs, int64_t ys, double alpha, const void* slope_) {
-  constexpr int L = lanes<T>;
   const T *x = (const T*)x_, *slope = (const T*)slope_;
   T* y = (T*)y_;
   const vec<T> a = splat((T)alpha);
   if (!F::per_column && xs == cols && ys == cols) cols *= rows, rows = rows > 0;
-  for (int64_t r = 0; r < rows; r++, x += xs, y += ys) {
-    int64_t c = 0;
-    for (; c + unroll * L <= cols; c += unroll * L) {
-      vec<T> v[unroll];
-#pragma GCC unroll 4
-      for (int u = 0; u < unroll; u++) __builtin_prefetch(x + c + u * L + AHEAD), __builtin_prefetch(y + c + u * L + AHEAD, 1);
-#pragma GCC unroll 4
-      for (int u = 0; u < unroll; u++) v[u] = F::value(load(x + c + u * L), F::per_column ? load(slope + c + u * L) : a);
-#pragma GCC unroll 4
-      for (int u = 0; u < unroll; u++) store(y + c + u * L, v[u]);
-    }
-    for (; c < cols; c += L) {
-      const int n = cols - c < L ? (int)(cols - c) : L;
-      store_n(y + c, F::value(load_n(x + c, n), F::per_column ? load_n(slope + c, n) : a), n);
-    }
+  if (!F::per_column && rows == 1 && cols * (int64_t)sizeof(T) >= STREAM_BYTES) {
+    const int head = (int)(-(uintptr_t)y % FD_VECTOR_BYTES / sizeof(T));
+    if (head) store_n(y, F::value(load_n(x, head), a), head);
+    forward_row<F, T, true>(x + head, y + head, cols - head, slope, a);
+    stream_end();
+    return;
   }
+  for (int64_t r = 0; r < rows; r++, x += xs, y += ys) forward_row<F, T, false>(x, y, cols, slope, a);
 }
 
 template <class F, class T>
