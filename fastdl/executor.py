@@ -175,6 +175,10 @@ class Executor(ABC):
         """Bind one of the caller's arrays."""
         self._slots[buffer] = array
 
+    def single(self, x: Buffer, targets: Buffer) -> Any:
+        """A quick way in for batches that need no conversion (engine's `SingleStep`), or None."""
+        return None
+
     @abstractmethod
     def run(self, run: Run, *phases: str) -> None:
         """Run the calls of some phases once, all of them if none is named."""
@@ -318,6 +322,16 @@ class NativeExecutor(Executor):
         super().slot(buffer, array)
         if self._native is not None:
             self._native.rebind(self._places.get(buffer, []), array)
+
+    def single(self, x: Buffer, targets: Buffer) -> Any:
+        if targets.dtype != "i8":
+            return None
+        from fastdl.kernels.engine._cython import SingleStep
+
+        loss = next(call for call in self.program.calls if "stats" in call.buffers)
+        native, double = self.native, self.memory.dtype == np.float64
+        places = self._places[x], self._places[targets]
+        return SingleStep(native, *places, x.shape[-1], self.program.rows, double, loss.buffers["z"].shape[0])
 
     def _heads(self, phases: tuple[str, ...]) -> tuple[int, int]:
         found = self._spans.get(phases)

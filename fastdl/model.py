@@ -221,6 +221,11 @@ class Sequential:
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """One training step; returns the batch's mean loss before the update."""
         with self._lock:
+            quick = None if self._runtime is None or sample_weight is not None else self._runtime.quick()
+            loss = None if quick is None else quick.run(X, y, self.step, self.epoch, self.lr)
+            if loss is not None:
+                self.step += 1
+                return loss
             X, targets, weight = self._inputs(X, y, sample_weight)
             rows = X.shape[0]
             bound = self._runtime.train(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
@@ -228,6 +233,8 @@ class Sequential:
             executor = bound.executor
             executor.run(Run(rows=rows, step=self.step, epoch=self.epoch, total_rows=rows, lr=self.lr))
             self.step += 1
+            if weight is None:
+                self._runtime.keep_quick(bound)
             return float(executor.stored(executor.stats)[0])
 
     # ------------------------------------------------------------------ loops of the user's own

@@ -56,6 +56,7 @@ class Runtime:
         self.moments: dict[str, np.ndarray] = {}
         self.backend = ""
         self._bound: dict[tuple[Any, ...], Bound] = {}
+        self._quick: tuple[Any, int | None] | None = None  # a SingleStep, threads that were asked for
         self.place(self._resolve())
         self._draw()
 
@@ -104,6 +105,7 @@ class Runtime:
         self.memory, self.moments = self.builder.memory(backend == "cython", self.settings.optimizer)
         self.backend = backend
         self._bound.clear()
+        self._quick = None
         if old is None:
             return
         for new, before in ((self.memory.parameters, old.parameters), (self.memory.states, old.states)):
@@ -152,6 +154,20 @@ class Runtime:
             ("train", feed, rows),
             lambda: self.builder.train(rows, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse),
         )
+
+    def keep_quick(self, bound: Bound) -> None:
+        """Remember the quick way into a training step, where it has one."""
+        step = bound.executor.single(bound.x, bound.targets)
+        self._quick = None if step is None else (step, config.resolve_threads(None, self.settings.threads))
+
+    def quick(self) -> Any:
+        """The engine's `SingleStep` of the last batch, as long as back end and threads are those asked for."""
+        if self._quick is None:
+            return None
+        step, threads = self._quick
+        wanted = config.resolve_backend(None, self.settings.backend)
+        same = wanted in ("auto", self.backend) and config.resolve_threads(None, self.settings.threads) == threads
+        return step if same else None
 
     def loop(self, rows: int, training: bool) -> Bound:
         """Forward, with ``training`` also backward and update."""

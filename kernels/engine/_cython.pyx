@@ -5,10 +5,12 @@ the run-time block (it evolves the same way on all of them), and meet after each
 allocated after binding.
 """
 
-from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
+
+from numpy import ndarray
 
 from fastdl.kernels.engine.panels import Panels
 
@@ -291,3 +293,79 @@ cdef class NativeProgram:
             fd_parallel(run_steps, &s, self.threads, self.space.memory, self.space.private_bytes, self.space.shared,
                         self.space.team)
         return 0
+
+
+# ---------------------------------------------------------------------------------------------- one batch, quickly
+cdef class SingleStep:
+    """Training steps on batches that need no conversion: check, bind and run in one call from Python.
+
+    A step of a small net takes 5 us; the same checks in Python would take 8 more.
+
+    Parameters
+    ----------
+    program : NativeProgram
+        All of its calls are a step; its loss is ``stats[0]``.
+    x, targets : list of (call, position)
+        Where the batch comes in.
+    width : int
+        Features of a row.
+    rows : int
+        Most rows of a batch.
+    double : bool
+        Rows are float64, otherwise float32.
+    classes : int
+        Targets are int64 labels below this.
+    """
+    cdef NativeProgram program
+    cdef list x_places, target_places
+    cdef int64_t width, rows, classes
+    cdef char kind
+    cdef object held
+
+    def __cinit__(self, NativeProgram program, list x, list targets, int64_t width, int64_t rows, bint double,
+                  int64_t classes):
+        self.program, self.x_places, self.target_places = program, x, targets
+        self.width, self.rows, self.classes = width, rows, classes
+        self.kind = c"d" if double else c"f"
+
+    def run(self, x, targets, uint32_t step, uint32_t epoch, double lr):
+        """The batch's loss; None where a batch is not of the plain kind and nothing has been done."""
+        cdef int64_t rows = self.rows_of(x)
+        cdef NativeProgram program = self.program
+        if rows < 1 or not self.are_labels(targets, rows):
+            return None
+        program.rebind(self.x_places, x)
+        program.rebind(self.target_places, targets)
+        self.held = x, targets  # the calls point into them
+        program._go(0, program.count, rows, step, epoch, 0, rows, lr, 0, 0, 0, 1, False)
+        return program.stats_at[0]
+
+    cdef int64_t rows_of(self, array) except -2:
+        """Rows of a C-contiguous matrix of the step's type and width, else -1."""
+        cdef Py_buffer view
+        cdef int64_t rows = -1
+        if type(array) is not ndarray:
+            return -1
+        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
+        if (view.ndim == 2 and view.format[0] == self.kind and view.format[1] == 0 and view.shape[1] == self.width
+                and view.shape[0] <= self.rows and view.strides[1] == view.itemsize
+                and view.strides[0] == self.width * view.itemsize):
+            rows = view.shape[0]
+        PyBuffer_Release(&view)
+        return rows
+
+    cdef bint are_labels(self, array, int64_t rows) except -1:
+        cdef Py_buffer view
+        cdef int64_t k
+        cdef const int64_t* label
+        cdef bint good = False
+        if type(array) is not ndarray:
+            return False
+        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
+        if (view.ndim == 1 and view.format[0] == c"l" and view.format[1] == 0 and view.itemsize == 8
+                and view.shape[0] == rows and view.strides[0] == 8):
+            label, good = <const int64_t*>view.buf, True
+            for k in range(rows):
+                good &= <uint64_t>label[k] < <uint64_t>self.classes
+        PyBuffer_Release(&view)
+        return good
