@@ -123,11 +123,8 @@ def _caller(
 
 
 def _moved(spec: OpSpec, arrays: Sequence[np.ndarray | None], values: Mapping[str, int]) -> float:
-    """`OpSpec.moved`, without the arrays that are absent here."""
-    if spec.bytes is not None:
-        return spec.bytes(values, DTYPE.itemsize)
-    pairs = zip(spec.arrays, arrays, strict=True)
-    return float(sum(a.nbytes * (2 if array.role == "inout" else 1) for array, a in pairs if a is not None))
+    absent = [array.name for array, a in zip(spec.arrays, arrays, strict=True) if a is None]
+    return spec.moved(values, DTYPE.itemsize, absent)
 
 
 # ---------------------------------------------------------------------------------------------- layers and nets
@@ -160,14 +157,13 @@ def _chain(case: ChainCase, threads: int) -> Prepared:
 
     program = net._last[0].executor.program
     calls = [c for c in program.calls if c.phase in ("forward", "backward")]
-    costs = [(c.spec, c.sizes(run.rows)) for c in calls]
     buffers = {b for c in calls for b in c.arrays() if b is not None}
     return Prepared(
         timed(net),
         timed(numpy),
         f"N={run.rows}, C={SHAPES[case.shape].cols}",
-        sum(spec.moved(values, DTYPE.itemsize) for spec, values in costs),
-        sum(spec.flops(values) for spec, values in costs),
+        sum(c.moved(run.rows, DTYPE.itemsize) for c in calls),
+        sum(c.spec.flops(c.sizes(run.rows)) for c in calls),
         sum(b.size(run.rows) * DTYPE.itemsize for b in buffers),
     )
 

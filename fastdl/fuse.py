@@ -90,6 +90,8 @@ def _absorb(
             return program
         swaps.update(dict.fromkeys(chain))
         buffers = {**backward.buffers, "dy": chain[-1].buffers["dy"], "slope": slope}
+        if params.get("activation") == "relu":
+            buffers["y"] = y  # its sign is both masks
         buffers["dslope"] = next((c.buffers["dslope"] for c in chain if c.buffers.get("dslope")), None)
         names = {p.name for p in backward.spec.params}
         swaps[backward] = replace(

@@ -104,6 +104,11 @@ class Call:
                     sizes.setdefault(letter, int(size))
         return sizes
 
+    def moved(self, rows: int, itemsize: int) -> float:
+        """Logical bytes of the arrays that the call has."""
+        absent = [a.name for a in self.spec.arrays if self.buffers.get(a.name) is None]
+        return self.spec.moved(self.sizes(rows), itemsize, absent)
+
 
 class Program:
     """Calls in order, for at most ``rows`` rows.
@@ -153,7 +158,7 @@ class Program:
         return sum(c.spec.flops(c.sizes(self.rows)) for c in self.calls)
 
     def bytes(self) -> float:
-        return sum(c.spec.moved(c.sizes(self.rows), self.itemsize) for c in self.calls)
+        return sum(c.moved(self.rows, self.itemsize) for c in self.calls)
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -171,7 +176,7 @@ class Program:
                     call.phase,
                     ("+ " if call.tail else "") + call.op + (f"({params})" if params else ""),
                     f"{inputs} -> {outputs}  [{', '.join(f'{k}={v}' for k, v in sizes.items())}]",
-                    f"{call.spec.moved(sizes, self.itemsize) / 1e3:.1f}",
+                    f"{call.moved(self.rows, self.itemsize) / 1e3:.1f}",
                     f"{call.spec.flops(sizes) / 1e6:.2f}",
                 )
             )

@@ -134,6 +134,8 @@ class Trace:
         wanted = False
         for array in spec.arrays:
             base = array.name[1:]
+            if array.optional and array.name in outputs:
+                continue  # a help that fusion hands over where it pays: it lengthens the output's life
             if array.name in forward.buffers:
                 buffers[array.name] = forward.buffers[array.name]
             elif array.role == "in" and base in outputs:

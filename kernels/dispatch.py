@@ -244,5 +244,13 @@ def run(op: str, *arrays: Any, backend: str = "auto", threads: int = 1, **argume
     """Run one op on arrays that have been checked: the arrays of its spec in order, then params and runtime values.
 
     `Panels` are accepted by the compiled back end.
+
+    Raises
+    ------
+    TypeError
+        Too few or too many arrays: a kernel would read past them.
     """
+    names = [array.name for array in registry.spec(op).arrays]
+    if len(arrays) != len(names):
+        raise TypeError(f"{op}: expected {len(names)} arrays ({', '.join(names)}), found {len(arrays)}")
     bound(op, backend, arrays, arguments)(arrays, arguments, threads)

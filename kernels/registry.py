@@ -14,7 +14,7 @@ optional one. ``params`` are fixed when a Program is bound, ``runtime`` values c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,12 +159,14 @@ class OpSpec:
     def defaults(self) -> dict[str, Any]:
         return {p.name: p.default for p in self.params}
 
-    def moved(self, sizes: Mapping[str, int], itemsize: int) -> float:
+    def moved(self, sizes: Mapping[str, int], itemsize: int, absent: Collection[str] = ()) -> float:
         """Logical bytes: every array once, twice where it is read and written, unless the spec says otherwise."""
         if self.bytes is not None:
             return self.bytes(sizes, itemsize)
         total = 0
         for array in self.arrays:
+            if array.name in absent:
+                continue
             size = itemsize if array.dtype == "T" else np.dtype(DTYPES[array.dtype]).itemsize
             total += int(np.prod(array.dims(sizes))) * size * (2 if array.role == "inout" else 1)
         return float(total)

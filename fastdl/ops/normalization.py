@@ -108,6 +108,7 @@ def batchnorm_backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = No
     arrays = (
         dy,
         *(ctx.arrays[k] for k in ("x", "gamma", "beta", "mean", "inv_std", "slope")),
+        None,  # the output belongs to the caller, who may have written over it
         dx,
         dgamma,
         dbeta,

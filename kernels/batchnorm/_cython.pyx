@@ -2,7 +2,7 @@
 
 A block is some columns of all rows and belongs to one thread, so results do not depend on the thread count. Inside
 Programs a block is a panel, which stays in L1/L2 from the statistics to the last store; it may be the tail of a dense
-product. Eager calls on plain rows take blocks of up to 128 columns: 32-column strips of 8 KB rows touch a page per 128
+product. Eager calls on plain rows take blocks of up to 512 columns: 32-column strips of 8 KB rows touch a page per 128
 bytes and took 1.5 (forward) and 1.7 times (backward) as long at (4096, 2048).
 """
 from libc.string cimport memset, strcmp
@@ -13,7 +13,7 @@ cdef extern from "dropout/table.h" nogil:
     uint32_t fd_dropout_threshold(double rate)
 
 cdef extern from "batchnorm/table.h" nogil:
-    int FD_BATCHNORM_WIDTH
+    int FD_BATCHNORM_WIDTH, FD_BATCHNORM_TILED
 
     ctypedef struct fd_activation:
         const char* name
@@ -45,6 +45,8 @@ cdef extern from "batchnorm/table.h" nogil:
         uint32_t layer, step, threshold
         uint64_t seed
         int64_t first_row, first_col
+        uint32_t* bits
+        int panels, far
 
     ctypedef void (*fd_batchnorm_form)(const fd_batchnorm_block*) noexcept nogil
     ctypedef struct fd_batchnorm_table:
@@ -53,6 +55,8 @@ cdef extern from "batchnorm/table.h" nogil:
         fd_batchnorm_form* backward
     const fd_batchnorm_table* fd_batchnorm_at(int level)
 
+# Bytes of a plain output from which its stores go past the caches, as those of the activations do.
+cdef int64_t FAR_BYTES = 16 << 20
 cdef const fd_batchnorm_table* native = fd_batchnorm_at(0)
 cdef const fd_activation_table* const* activations = NULL  # the activation module's table at the running level
 
@@ -65,11 +69,13 @@ cdef void* columns(const fd_array* a, int64_t first) noexcept nogil:
 
 cdef int64_t block_width(const fd_call* c, int matrix, int other, int third, int threads) noexcept nogil:
     """Columns of a block. They do not enter any result, so they may depend on the number of threads."""
-    cdef int64_t share
+    cdef int64_t share, most = FD_BATCHNORM_WIDTH
+    if c.i[0] >= 0 and strcmp(activations[0].entry[c.i[0]].name, b"relu") != 0:
+        most = FD_BATCHNORM_TILED
     if not (fd_is_plain(&c.a[matrix]) and fd_is_plain(&c.a[other]) and fd_is_plain(&c.a[third])):
         return FD_PANEL
     share = (c.a[matrix].cols + threads - 1) // threads
-    return min(<int64_t>FD_BATCHNORM_WIDTH, (share + FD_PANEL - 1) // FD_PANEL * FD_PANEL)
+    return min(most, (share + FD_PANEL - 1) // FD_PANEL * FD_PANEL)
 
 
 cdef void set_activation(fd_batchnorm_block* k, int64_t index, double alpha) noexcept nogil:
@@ -77,6 +83,14 @@ cdef void set_activation(fd_batchnorm_block* k, int64_t index, double alpha) noe
     if index >= 0:
         k.activation = &activations[0].entry[index]
         k.relu = strcmp(k.activation.name, b"relu") == 0
+
+
+cdef inline bint is_panels(const fd_array* a) noexcept nogil:
+    return a.row_stride == FD_PANEL and a.panel_stride != FD_PANEL
+
+
+cdef inline int is_far(const fd_array* out, int64_t rows) noexcept nogil:
+    return fd_is_plain(out) and rows * out.cols * out.itemsize >= FAR_BYTES
 
 
 cdef void set_dropout(fd_batchnorm_block* k, const fd_run* run, double rate, int64_t seed, int64_t layer,
@@ -100,11 +114,13 @@ cdef void clear_padding(const fd_array* a, int64_t rows, int64_t first, int64_t 
 
 # ------------------------------------------------------------------------------------------------ the ops on one block
 # x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std; decay, eps, alpha, rate | activation, seed, layer
-cdef void forward_block(const fd_call* c, const fd_run* run, int64_t first, int64_t cols) noexcept nogil:
+cdef void forward_block(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t first,
+                        int64_t cols) noexcept nogil:
     cdef fd_batchnorm_block k
     memset(&k, 0, sizeof(k))
     k.rows, k.cols = run.rows, cols
     k.x, k.x_stride = columns(&c.a[0], first), c.a[0].row_stride
+    k.panels = is_panels(&c.a[0]) and is_panels(&c.a[6])
     k.gamma, k.beta = columns(&c.a[1], first), columns(&c.a[2], first)
     k.running_mean, k.running_var = columns(&c.a[3], first), columns(&c.a[4], first)
     k.slope = columns(&c.a[5], first)
@@ -113,28 +129,33 @@ cdef void forward_block(const fd_call* c, const fd_run* run, int64_t first, int6
     k.decay, k.eps = c.f[0], c.f[1]
     set_activation(&k, c.i[0], c.f[2])
     set_dropout(&k, run, c.f[3], c.i[1], c.i[2], first)
+    k.bits, k.far = <uint32_t*>w.scratch, is_far(&c.a[6], run.rows)
     native.forward[c.a[0].itemsize == 8](&k)
     clear_padding(&c.a[6], run.rows, first, cols)
 
 
 # x, gamma, beta, running_mean, running_var, slope, y; eps, alpha | activation
-cdef void inference_block(const fd_call* c, const fd_run* run, int64_t first, int64_t cols) noexcept nogil:
+cdef void inference_block(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t first,
+                          int64_t cols) noexcept nogil:
     cdef fd_batchnorm_block k
     memset(&k, 0, sizeof(k))
     k.rows, k.cols = run.rows, cols
     k.x, k.x_stride = columns(&c.a[0], first), c.a[0].row_stride
+    k.panels = is_panels(&c.a[0]) and is_panels(&c.a[6])
     k.gamma, k.beta = columns(&c.a[1], first), columns(&c.a[2], first)
     k.running_mean, k.running_var = columns(&c.a[3], first), columns(&c.a[4], first)
     k.slope = columns(&c.a[5], first)
     k.y, k.y_stride = columns(&c.a[6], first), c.a[6].row_stride
     k.eps = c.f[0]
     set_activation(&k, c.i[0], c.f[1])
+    k.far = is_far(&c.a[6], run.rows)
     native.inference[c.a[0].itemsize == 8](&k)
     clear_padding(&c.a[6], run.rows, first, cols)
 
 
-# dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope; alpha, rate | activation, seed, layer, training
-cdef void backward_block(const fd_call* c, const fd_run* run, int64_t first, int64_t cols) noexcept nogil:
+# dy, x, gamma, beta, mean, inv_std, slope, y, dx, dgamma, dbeta, dslope; alpha, rate | activation, seed, layer, training
+cdef void backward_block(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t first,
+                         int64_t cols) noexcept nogil:
     cdef fd_batchnorm_block k
     memset(&k, 0, sizeof(k))
     k.rows, k.cols = run.rows, cols
@@ -143,25 +164,29 @@ cdef void backward_block(const fd_call* c, const fd_run* run, int64_t first, int
     k.gamma, k.beta = columns(&c.a[2], first), columns(&c.a[3], first)
     k.mean, k.inv_std = columns(&c.a[4], first), columns(&c.a[5], first)
     k.slope = columns(&c.a[6], first)
-    k.dx, k.dx_stride = columns(&c.a[7], first), c.a[7].row_stride
-    k.dgamma, k.dbeta = columns(&c.a[8], first), columns(&c.a[9], first)
-    k.dslope = columns(&c.a[10], first)
+    k.y, k.y_stride = columns(&c.a[7], first), c.a[7].row_stride
+    k.dx, k.dx_stride = columns(&c.a[8], first), c.a[8].row_stride
+    k.panels = is_panels(&c.a[0]) and is_panels(&c.a[1]) and is_panels(&c.a[8]) and (
+        c.a[7].data == NULL or is_panels(&c.a[7]))
+    k.dgamma, k.dbeta = columns(&c.a[9], first), columns(&c.a[10], first)
+    k.dslope = columns(&c.a[11], first)
     k.training = c.i[3] != 0
     set_activation(&k, c.i[0], c.f[0])
     set_dropout(&k, run, c.f[1], c.i[1], c.i[2], first)
+    k.bits, k.far = <uint32_t*>w.scratch, is_far(&c.a[8], run.rows)
     native.backward[c.a[0].itemsize == 8](&k)
-    clear_padding(&c.a[7], run.rows, first, cols)
+    clear_padding(&c.a[8], run.rows, first, cols)
 
 
 # ------------------------------------------------------------------------------------------------ whole calls, panels
-ctypedef void (*block_form)(const fd_call*, const fd_run*, int64_t, int64_t) noexcept nogil
+ctypedef void (*block_form)(const fd_call*, const fd_run*, const fd_worker*, int64_t, int64_t) noexcept nogil
 
 cdef void each_block(const fd_call* c, const fd_run* run, const fd_worker* w, block_form form,
                      int64_t width) noexcept nogil:
     cdef int64_t cols = c.a[0].cols, j, a, b
     fd_share((cols + width - 1) // width, w.thread, w.threads, &a, &b)
     for j in range(a, b):
-        form(c, run, j * width, min(width, cols - j * width))
+        form(c, run, w, j * width, min(width, cols - j * width))
 
 
 cdef void forward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
@@ -171,23 +196,29 @@ cdef void inference(const fd_call* c, const fd_run* run, const fd_worker* w) noe
     each_block(c, run, w, inference_block, block_width(c, 0, 6, 6, w.threads))
 
 cdef void backward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, backward_block, block_width(c, 0, 1, 7, w.threads))
+    each_block(c, run, w, backward_block, block_width(c, 0, 1, 8, w.threads))
 
 cdef void forward_panel(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t panel) noexcept nogil:
-    forward_block(c, run, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
+    forward_block(c, run, w, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
 
 cdef void inference_panel(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t panel) noexcept nogil:
-    inference_block(c, run, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
+    inference_block(c, run, w, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
 
 cdef void backward_panel(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t panel) noexcept nogil:
-    backward_block(c, run, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
+    backward_block(c, run, w, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
+
+
+# Words of keep bits: 8 rows more than there are, because they are drawn for 8 rows at a time.
+cdef int64_t bits_of(const fd_call* c, int64_t rows) noexcept nogil:
+    cdef int64_t cols = FD_BATCHNORM_WIDTH if fd_is_plain(&c.a[0]) else FD_PANEL
+    return (rows + 8) * (min(cols, c.a[0].cols + FD_PANEL - 1) // FD_PANEL) * sizeof(uint32_t)
 
 
 # ------------------------------------------------------------------------------------------------ exports
 cdef fd_kernel_info forward_info, inference_info, backward_info
-forward_info.run, forward_info.panel = forward, forward_panel
+forward_info.run, forward_info.panel, forward_info.scratch = forward, forward_panel, bits_of
 inference_info.run, inference_info.panel = inference, inference_panel
-backward_info.run, backward_info.panel = backward, backward_panel
+backward_info.run, backward_info.panel, backward_info.scratch = backward, backward_panel, bits_of
 
 
 cdef dict export(fd_kernel_info* info):

@@ -383,10 +383,10 @@ def batchnorm_inference(
 
 
 def batchnorm_backward(
-    dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope, *, activation="identity", alpha=0.0, rate=0.0,
-    seed=0, layer=0, training=1, step=0, first_row=0, threads=1,
+    dy, x, gamma, beta, mean, inv_std, slope, y, dx, dgamma, dbeta, dslope, *, activation="identity", alpha=0.0,
+    rate=0.0, seed=0, layer=0, training=1, step=0, first_row=0, threads=1,
 ):  # fmt: skip
-    """Gradients of x (N, C), gamma, beta and PReLU's slopes (C,); dx may be dy."""
+    """Gradients of x (N, C), gamma, beta and PReLU's slopes (C,); dx may be dy. Masks are drawn again: y is unused."""
     fused, slope = _fused(activation, alpha, slope, gamma)
     drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
     if dslope is None:

@@ -161,6 +161,7 @@ def batchnorm_backward(
     mean: np.ndarray,
     inv_std: np.ndarray,
     slope: np.ndarray | None,
+    y: np.ndarray | None,
     dx: np.ndarray,
     dgamma: np.ndarray,
     dbeta: np.ndarray,
@@ -178,7 +179,9 @@ def batchnorm_backward(
 ) -> None:
     """Gradients of x (N, C), gamma, beta and PReLU's slopes (C,); dx may be dy.
 
-    With ``training=0`` mean and inv_std are constants (running statistics), else functions of x.
+    With ``training=0`` mean and inv_std are constants (running statistics), else functions of x. ``y`` (N, C), the
+    output of the forward op, is a help that may be missing: behind a ReLU its sign says which elements pass both ReLU
+    and dropout. The reference draws the mask again.
     """
     m = len(x)
     d = np.empty_like(dx) if np.may_share_memory(dx, dy) else dx
@@ -341,6 +344,7 @@ register_op(
             Array("mean", "C", fill=_fill_mean),
             Array("inv_std", "C", fill=_fill_inv_std),
             SLOPE,
+            Array("y", "N,C", optional=True),
             Array("dx", "N,C", "out"),
             Array("dgamma", "C", "out"),
             Array("dbeta", "C", "out"),

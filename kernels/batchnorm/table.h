@@ -8,7 +8,8 @@
 #include "level.h"
 
 /* Columns of a block at most. A multiple of 32. */
-#define FD_BATCHNORM_WIDTH 128
+#define FD_BATCHNORM_WIDTH 2048
+#define FD_BATCHNORM_TILED 128 /* with an activation of the table, whose tiles stand on the stack */
 
 typedef struct {
   int64_t rows, cols;
@@ -26,6 +27,9 @@ typedef struct {
   int drop;                               /* the dropout fields below are used */
   uint32_t layer, step, threshold;
   uint64_t seed;
+  uint32_t* bits;                         /* words of 32 keep bits, [strip][rows + 8]; scratch */
+  int panels;                             /* matrices lie in panels, padded with zeros to 32 columns */
+  int far;                                /* the output is large: store past the caches */
   int64_t first_row, first_col;           /* of the block's first element in the step's batch */
 } fd_batchnorm_block;
 

@@ -1,4 +1,4 @@
-// Dropout on rows of contiguous columns: 4 rows x 32 columns at a time, the mask drawn in registers and never stored.
+// Dropout on rows of contiguous columns: 8 rows x 32 columns at a time, the mask drawn in registers.
 //
 //   y = keep ? x * scale : +0        (also the backward step, on dy)
 //
@@ -10,10 +10,10 @@
 
 namespace FD_NS {
 
-// Rows of a wide matrix in which 32 columns are finished before the next 32. The columns' share of the first three
-// Philox rounds is drawn once for them, so more rows are better in cache (0.19 ns an element with 4, 0.165 with 8,
-// 0.145 with 128), but 16 rows of 8 KiB fall on one set of L1 (4096 x 2048: 0.43 ns an element with 8, 0.85 with 16).
-constexpr int64_t DROPOUT_TILE = 8;
+constexpr int DRAW = 8;  // rows whose bits are drawn together
+// Bytes of an output from which its stores go past the caches, as those of the activations do; columns whose bits wait on
+// the stack then.
+constexpr int64_t FAR_BYTES = 16 << 20, FAR_COLS = 2048;
 
 // A vector of x * scale where bit (lane) is set, +0 elsewhere, whatever x is.
 template <class T> FD_INLINE vec<T> keep(vec<T> x, vec<T> scale, uint32_t bits) {
@@ -38,6 +38,45 @@ template <class T> FD_INLINE void keep_part(const T* x, T* y, vec<T> scale, uint
   for (int c = 0; c < cols; c += lanes<T>) store_n(y + c, keep<T>(load_n(x + c, cols - c), scale, bits >> c), cols - c);
 }
 
+// Where a stretch of the output lies in the random stream.
+struct Stream {
+  int64_t first_row, first_col;
+  uint32_t layer, step, kept;
+  uint64_t seed;
+  FD_INLINE void draw(int64_t row, int64_t col, uint32_t bits[DRAW]) const {
+    philox_keep_8x32((uint32_t)(first_row + row), (uint32_t)((first_col + col) / 8), layer, step, seed, kept, bits);
+  }
+};
+
+// DRAW rows of up to FAR_COLS columns past the caches: while their bits are drawn (0.1 ns an element), the rows come from
+// memory; then they leave in whole lines, four rows side by side (simd.hpp). 3.2 ms without, see README.md.
+template <class T>
+static void apply_far(const T* x, T* y, int64_t xs, int64_t ys, int rows, int64_t row, int64_t col, int64_t cols,
+                      vec<T> scale, const Stream& stream_of) {
+  uint32_t bits[FAR_COLS / FD_PANEL + 1][DRAW];
+  const Stream at = stream_of;
+  for (int64_t c = 0; c < cols; c += FD_PANEL) {
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < FD_PANEL; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + i * xs + c + k);
+    at.draw(row, col + c, bits[c / FD_PANEL]);
+  }
+  auto group = [&](int first, int count) __attribute__((always_inline)) {
+    each_aligned(y + first * ys, cols, [&](int64_t c, int n) __attribute__((always_inline)) {
+      const uint32_t *low = bits[c / FD_PANEL] + first, *high = bits[c / FD_PANEL + 1] + first;
+#pragma GCC unroll 4
+      for (int i = 0; i < count; i++) {
+        const uint64_t both = (uint64_t)high[i] << 32 | low[i];
+        put(y + (first + i) * ys + c, keep<T>(load_n(x + (first + i) * xs + c, n), scale, (uint32_t)(both >> c % 32)), n);
+      }
+    });
+  };
+  int i = 0;
+  if (ys * (int64_t)sizeof(T) % FD_VECTOR_BYTES == 0)
+    for (; i + FAR_ROWS <= rows; i += FAR_ROWS) group(i, FAR_ROWS);
+  for (; i < rows; i++) group(i, 1);
+}
+
 template <class T>
 static void dropout_apply(const void* x_, void* y_, int64_t rows, int64_t cols, int64_t x_stride, int64_t y_stride,
                           int64_t first_row, int64_t first_col, uint32_t layer, uint32_t step, uint64_t seed,
@@ -45,27 +84,25 @@ static void dropout_apply(const void* x_, void* y_, int64_t rows, int64_t cols, 
   const T* x = (const T*)x_;
   T* y = (T*)y_;
   const vec<T> scale = splat((T)factor);
-  const int64_t tile = cols <= FD_PANEL ? rows : DROPOUT_TILE;
-  uint32_t bits[4];
-  for (int64_t top = 0; top < rows; top += tile) {
-    const int64_t end = top + tile < rows ? top + tile : rows;
-    for (int64_t c = 0; c < cols; c += FD_PANEL) {
-      const uint32_t block = (uint32_t)((first_col + c) / 8);
+  const Stream at{first_row, first_col, layer, step, kept, seed};
+  const bool far = cols > FD_PANEL && rows * cols * (int64_t)sizeof(T) >= FAR_BYTES;
+  for (int64_t r = 0; r < rows; r += DRAW, x += DRAW * x_stride, y += DRAW * y_stride) {
+    const int count = rows - r < DRAW ? (int)(rows - r) : DRAW;
+    for (int64_t c = 0; far && c < cols; c += FAR_COLS)
+      apply_far(x + c, y + c, x_stride, y_stride, count, r, c, cols - c < FAR_COLS ? cols - c : FAR_COLS, scale, at);
+    for (int64_t c = 0; !far && c < cols; c += FD_PANEL) {
       const int width = cols - c < FD_PANEL ? (int)(cols - c) : FD_PANEL;
-      int64_t r = top;
-      if (width == FD_PANEL)
-        for (; r + 4 <= end; r += 4) {
-          philox_keep_4x32((uint32_t)(first_row + r), block, layer, step, seed, kept, bits);
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; i++) keep_row(x + (r + i) * x_stride + c, y + (r + i) * y_stride + c, scale, bits[i]);
-        }
-      for (; r < end; r += 4) {
-        philox_keep_4x32((uint32_t)(first_row + r), block, layer, step, seed, kept, bits);
-        for (int i = 0; i < 4 && r + i < end; i++)
-          keep_part(x + (r + i) * x_stride + c, y + (r + i) * y_stride + c, scale, bits[i], width);
+      uint32_t bits[DRAW];
+      at.draw(r, c, bits);
+      if (width == FD_PANEL && count == DRAW) {
+#pragma GCC unroll 8
+        for (int i = 0; i < DRAW; i++) keep_row(x + i * x_stride + c, y + i * y_stride + c, scale, bits[i]);
+      } else {
+        for (int i = 0; i < count; i++) keep_part(x + i * x_stride + c, y + i * y_stride + c, scale, bits[i], width);
       }
     }
   }
+  if (far) stream_end();
 }
 
 // Eight bits as eight bytes of 0 or 1: byte k of the product keeps bit k alone, and any bit carries into bit 7.

@@ -1,0 +1,123 @@
+// Mean and variance of a block's columns in float64, and the affine map that follows from them.
+//
+// Everything here is per column: the loops run over `padded(cols)` entries of local arrays (zeros above the columns), so
+// that they are whole vectors for any number of columns.
+#pragma once
+#include "batchnorm/table.h"
+#include "simd.hpp"
+
+namespace FD_NS {
+
+constexpr int WIDTH = FD_BATCHNORM_WIDTH;
+constexpr int STRIP = 32;  // columns handled together: those of a panel, and of a word of keep bits
+constexpr int GROUP = 8;   // rows whose sum is a tree in registers
+constexpr int SPAN = 256;  // rows that add up in T before they go to a float64 total
+constexpr int FAR = 2;     // a shift more than 2 deviations from the mean costs over 2 bits: choose it again
+constexpr int LOOSE = 16;  // |mean| inv_std from which the rounding of the stored mean is put back (README.md)
+
+using Block = fd_batchnorm_block;
+
+FD_INLINE int64_t padded(int64_t cols) { return (cols + STRIP - 1) / STRIP * STRIP; }
+FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T> FD_INLINE void copy_padded(const void* from, T* to, int64_t cols) {
+  __builtin_memcpy(to, from, cols * sizeof(T));
+  __builtin_memset(to + cols, 0, (padded(cols) - cols) * sizeof(T));
+}
+
+// p1 += sum (x - shift), p2 += sum (x - shift)^2 over N rows.
+template <class T, int N>
+FD_INLINE void add_moments(const T* x, int64_t stride, int64_t cols, const T* shift, T* p1, T* p2) {
+  constexpr int L = lanes<T>;
+  auto vectors = [&](int64_t c, int n) __attribute__((always_inline)) {
+    const vec<T> k = load(shift + c);
+    vec<T> s[2] = {}, q[2] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) {
+      const vec<T> d = load_n(x + i * stride + c, n) - k;
+      s[i & 1] += d;
+      q[i & 1] += d * d;
+    }
+    store(p1 + c, load(p1 + c) + (s[0] + s[1]));
+    store(p2 + c, load(p2 + c) + (q[0] + q[1]));
+  };
+  int64_t c = 0;
+  for (; c + L <= cols; c += L) vectors(c, L);
+  if (c < cols) vectors(c, (int)(cols - c));
+}
+
+template <class T>
+static void shifted_moments(const Block& k, const T* shift, double* s1, double* s2) {
+  const int64_t cols = k.cols, pad = padded(cols), stride = k.x_stride, rows = k.rows;
+  const T* x = (const T*)k.x;
+  T p1[WIDTH], p2[WIDTH];
+  for (int64_t c = 0; c < pad; c++) s1[c] = s2[c] = 0;
+  for (int64_t r = 0; r < rows;) {
+    const int64_t end = least(rows, r + SPAN);
+    for (int64_t c = 0; c < pad; c++) p1[c] = p2[c] = 0;
+    for (; r + GROUP <= end; r += GROUP, x += GROUP * stride) add_moments<T, GROUP>(x, stride, cols, shift, p1, p2);
+    for (; r < end; r++, x += stride) add_moments<T, 1>(x, stride, cols, shift, p1, p2);
+    for (int64_t c = 0; c < pad; c++) s1[c] += p1[c], s2[c] += p2[c];
+  }
+}
+
+// Mean and biased variance. One pass shifted by the mean of the first rows, which is as good as two passes as long as the
+// shift lies within FAR deviations of the mean; else (and only then) a second pass, shifted by the mean. Every column's
+// result depends on its own values alone: where the shift stays, the second pass repeats the first.
+template <class T>
+__attribute__((noinline)) static void statistics(const Block& k, double* mean, double* var) {
+  const int64_t pad = padded(k.cols);
+  const double m = (double)k.rows;
+  const int first = (int)least(GROUP, k.rows);
+  const T part = T(1) / (T)first;
+  T shift[WIDTH] = {}, sum[WIDTH];
+  double s1[WIDTH];
+  for (int i = 0; i < first; i++) {
+    copy_padded((const T*)k.x + i * k.x_stride, sum, k.cols);
+    for (int64_t c = 0; c < pad; c++) shift[c] += sum[c] * part;
+  }
+  for (int64_t c = 0; c < pad; c++) shift[c] = shift[c] - shift[c] == 0 ? shift[c] : 0;  // an infinity must reach the sums
+  for (int pass = 0; pass < 2; pass++) {
+    int64_t again = 0;
+    shifted_moments<T>(k, shift, s1, var);
+    for (int64_t c = 0; c < pad; c++) {
+      const double d = s1[c] / m, v = var[c] / m - d * d;
+      mean[c] = shift[c] + d;
+      var[c] = v < 0 ? 0 : v;
+      const bool far = d * d > FAR * FAR * var[c];
+      shift[c] = far ? (T)mean[c] : shift[c];
+      again |= far;
+    }
+    if (!again) return;
+  }
+}
+
+// u = (x - mean) gain + shift. Centring comes first because x gain + (beta - mean gain) cancels where |mean| is large.
+template <class T> struct Affine {
+  T mean[WIDTH], gain[WIDTH], shift[WIDTH], rest[WIDTH];
+};
+
+// From here on the rounding of the stored mean moves u by more than 16 / 2^24 of a deviation: it is put back.
+template <class T> FD_INLINE bool is_loose(T mean, T inv_std) {
+  const T ratio = mean * inv_std;
+  return (ratio > LOOSE) | (ratio < -LOOSE);
+}
+
+// The same arithmetic forward and backward, so that both see the same bits of u and ReLU the same mask. `exact` is the
+// float64 mean, or NULL where the stored mean is the mean by definition (running statistics). a.mean is set.
+template <class T>
+__attribute__((noinline)) static void make_affine(const Block& k, const T* inv_std, const double* exact, Affine<T>& a) {
+  const int64_t pad = padded(k.cols);
+  T gamma[WIDTH], beta[WIDTH];
+  copy_padded(k.gamma, gamma, k.cols);
+  copy_padded(k.beta, beta, k.cols);
+  for (int64_t c = 0; c < pad; c++) {
+    a.gain[c] = gamma[c] * inv_std[c];
+    a.rest[c] = 0;
+  }
+  if (exact)
+    for (int64_t c = 0; c < pad; c++) a.rest[c] = is_loose(a.mean[c], inv_std[c]) ? (T)(exact[c] - a.mean[c]) : 0;
+  for (int64_t c = 0; c < pad; c++) a.shift[c] = (T)((double)beta[c] - (double)a.rest[c] * (double)a.gain[c]);
+}
+
+}  // namespace FD_NS
