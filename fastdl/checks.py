@@ -18,6 +18,8 @@ def is_array(x: Any, name: str) -> np.ndarray:
 
 def floats(x: Any, name: str, dtype: np.dtype | None = None) -> np.ndarray:
     """An aligned float32 or float64 array, of a given dtype if one is named. Ops never cast."""
+    if type(x) is np.ndarray and (x.dtype in FLOATS if dtype is None else x.dtype is dtype) and x.flags.aligned:
+        return x  # the usual case in a third of the time: a call checks up to eight arrays
     is_array(x, name)
     if dtype is None:
         if x.dtype not in FLOATS:
@@ -108,7 +110,9 @@ def output(
 
 
 def whole(value: Any, name: str, bits: int = 32) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 1 << bits:
+    if type(value) is int and 0 <= value < 1 << bits:
+        return value
+    if isinstance(value, bool) or not isinstance(value, np.integer) or not 0 <= value < 1 << bits:
         raise ValueError(f"{name}: expected an integer in [0, 2**{bits}), found {value!r}")
     return int(value)
 

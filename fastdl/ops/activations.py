@@ -13,10 +13,11 @@ from fastdl.ops.call import Context, context, run
 
 def epilogue(activation: str) -> Any:
     """The entry of an activation that can be fused: element-wise and without slopes."""
-    usable = [n for n, i in ACTIVATIONS.items() if not i.per_channel and not i.row_op]
-    if activation not in usable:
+    info = ACTIVATIONS.get(activation)
+    if info is None or info.per_channel or info.row_op:
+        usable = [n for n, i in ACTIVATIONS.items() if not i.per_channel and not i.row_op]
         raise ValueError(f"activation: unknown or not element-wise {activation!r}, known: {', '.join(usable)}")
-    return ACTIVATIONS[activation]
+    return info
 
 
 def _activation_forward(

@@ -25,12 +25,18 @@ template <class T> FD_INLINE void copy_padded(const void* from, T* to, int64_t c
   __builtin_memset(to + cols, 0, (padded(cols) - cols) * sizeof(T));
 }
 
+// Columns before the first whole register of a matrix whose rows are aligned alike: NumPy's large arrays begin 16 bytes
+// behind a line, and a register across two lines costs two loads (forward of (256, 512): 28.3 us, 26.8 with this).
+template <class T> FD_INLINE int64_t head_of(const T* a, int64_t stride, int64_t cols) {
+  return stride * (int64_t)sizeof(T) % FD_VECTOR_BYTES ? 0 : before_aligned(a, cols);
+}
+
 // p1 += sum (x - shift), p2 += sum (x - shift)^2 over N rows.
 template <class T, int N>
-FD_INLINE void add_moments(const T* x, int64_t stride, int64_t cols, const T* shift, T* p1, T* p2) {
+FD_INLINE void add_moments(const T* x, int64_t stride, int64_t cols, int64_t head, const T* shift, T* p1, T* p2) {
   constexpr int L = lanes<T>;
   auto vectors = [&](int64_t c, int n) __attribute__((always_inline)) {
-    const vec<T> k = load(shift + c);
+    const vec<T> k = load_n(shift + c, n);
     vec<T> s[2] = {}, q[2] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < N; i++) {
@@ -38,10 +44,11 @@ FD_INLINE void add_moments(const T* x, int64_t stride, int64_t cols, const T* sh
       s[i & 1] += d;
       q[i & 1] += d * d;
     }
-    store(p1 + c, load(p1 + c) + (s[0] + s[1]));
-    store(p2 + c, load(p2 + c) + (q[0] + q[1]));
+    store_n(p1 + c, load_n(p1 + c, n) + (s[0] + s[1]), n);
+    store_n(p2 + c, load_n(p2 + c, n) + (q[0] + q[1]), n);
   };
-  int64_t c = 0;
+  int64_t c = head;
+  if (head) vectors((int64_t)0, (int)head);
   for (; c + L <= cols; c += L) vectors(c, L);
   if (c < cols) vectors(c, (int)(cols - c));
 }
@@ -50,13 +57,14 @@ template <class T>
 static void shifted_moments(const Block& k, const T* shift, double* s1, double* s2) {
   const int64_t cols = k.cols, pad = padded(cols), stride = k.x_stride, rows = k.rows;
   const T* x = (const T*)k.x;
+  const int64_t head = head_of(x, stride, cols);
   T p1[WIDTH], p2[WIDTH];
   for (int64_t c = 0; c < pad; c++) s1[c] = s2[c] = 0;
   for (int64_t r = 0; r < rows;) {
     const int64_t end = least(rows, r + SPAN);
     for (int64_t c = 0; c < pad; c++) p1[c] = p2[c] = 0;
-    for (; r + GROUP <= end; r += GROUP, x += GROUP * stride) add_moments<T, GROUP>(x, stride, cols, shift, p1, p2);
-    for (; r < end; r++, x += stride) add_moments<T, 1>(x, stride, cols, shift, p1, p2);
+    for (; r + GROUP <= end; r += GROUP, x += GROUP * stride) add_moments<T, GROUP>(x, stride, cols, head, shift, p1, p2);
+    for (; r < end; r++, x += stride) add_moments<T, 1>(x, stride, cols, head, shift, p1, p2);
     for (int64_t c = 0; c < pad; c++) s1[c] += p1[c], s2[c] += p2[c];
   }
 }

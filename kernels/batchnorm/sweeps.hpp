@@ -54,14 +54,16 @@ template <int N, class Body> FD_INLINE void each_group(int64_t r0, int64_t r1, B
   for (; r < r1; r++) body(r, 1);
 }
 
-// body(column, lanes in use) over the vectors of a row.
-template <class T, int S, class Body> FD_INLINE void each_vector(int64_t cols, Body body) {
+// body(column, lanes in use) over the vectors of a row. A head of `head` columns comes first where no word of bits is read:
+// those want vectors that begin at a multiple of their lanes.
+template <class T, int S, class Body> FD_INLINE void each_vector(int64_t cols, int64_t head, Body body) {
   constexpr int L = lanes<T>;
   if constexpr (S) {
 #pragma GCC unroll 2
     for (int64_t c = 0; c < STRIP; c += L) body(c, L);
   } else {
-    int64_t c = 0;
+    int64_t c = head;
+    if (head) body((int64_t)0, (int)head);
     for (; c + L <= cols; c += L) body(c, L);
     if (c < cols) body(c, (int)(cols - c));
   }
@@ -93,13 +95,14 @@ static void apply_rows(const Block& k, const Affine<T>& a, int64_t r0, int64_t r
   T* const y = (T*)k.y;
   uint32_t* const bits = k.bits;
   const vec<T> scale = splat(dropout_scale<T>(k));
+  const int64_t head = S || DROP ? 0 : head_of(y, ys, cols);
   each_group<QUAD>(r0, r1, [&](int64_t r, int rows) __attribute__((always_inline)) {
     const T* from[QUAD];
     T* to[QUAD];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) from[i] = x + (r + i) * xs, to[i] = y + (r + i) * ys;
-    each_vector<T, S>(cols, [&](int64_t c, int n) __attribute__((always_inline)) {
-      const vec<T> mean = load(a.mean + c), gain = load(a.gain + c), shift = load(a.shift + c);
+    each_vector<T, S>(cols, head, [&](int64_t c, int n) __attribute__((always_inline)) {
+      const vec<T> mean = load_n(a.mean + c, n), gain = load_n(a.gain + c, n), shift = load_n(a.shift + c, n);
       const uint32_t* word = DROP ? words(bits, all_rows, c, r) : nullptr;
 #pragma GCC unroll 4
       for (int i = 0; i < rows; i++) {
@@ -158,7 +161,7 @@ static void drop_rows(const Block& k, const T* from, int64_t from_stride, T* to,
   uint32_t* const bits = k.bits;
   const int64_t all_rows = k.rows, cols = k.cols;
   for (int64_t r = r0; r < r1; r++)
-    each_vector<T, 0>(cols, [&](int64_t c, int n) __attribute__((always_inline)) {
+    each_vector<T, 0>(cols, 0, [&](int64_t c, int n) __attribute__((always_inline)) {
       const vec<T> v = load_n(from + r * from_stride + c, n) * scale;
       store_n(to + r * to_stride + c, keep_<T>(*words(bits, all_rows, c, r) >> c % STRIP, v), n);
     });
@@ -181,12 +184,13 @@ static void sum_rows(const Block& k, const Affine<T>& a, const T* dy, int64_t dy
   uint32_t* const bits = k.bits;
   const bool drop = k.drop, far = k.far;
   const vec<T> scale = splat(dropout_scale<T>(k));
+  const int64_t head = S || GATE != OPEN ? 0 : head_of(x, xs, cols);
   each_group<QUAD>(r0, r1, [&](int64_t r, int rows) __attribute__((always_inline)) {
     const T *xr[QUAD], *dr[QUAD];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) xr[i] = x + (r + i) * xs, dr[i] = dy + (r + i) * ds;
-    each_vector<T, S>(cols, [&](int64_t c, int n) __attribute__((always_inline)) {
-      const vec<T> mean = load(a.mean + c);
+    each_vector<T, S>(cols, head, [&](int64_t c, int n) __attribute__((always_inline)) {
+      const vec<T> mean = load_n(a.mean + c, n);
       uint32_t* word = GATE == OPEN ? nullptr : words(bits, all_rows, c, r);
       vec<T> s[2] = {}, q[2] = {};
 #pragma GCC unroll 4
@@ -201,7 +205,7 @@ static void sum_rows(const Block& k, const Affine<T>& a, const T* dy, int64_t dy
         if constexpr (GATE == BITS) pass = word[i] >> c % STRIP;
         if constexpr (GATE == OUTPUT) pass = passes<T>(load_n(y + (r + i) * ys + c, n));
         if constexpr (GATE == SIGN) {
-          pass = passes<T>(affine<T>(t, load(a.gain + c), load(a.shift + c)));
+          pass = passes<T>(affine<T>(t, load_n(a.gain + c, n), load_n(a.shift + c, n)));
           if (drop) pass &= word[i] >> c % STRIP;
         }
         if constexpr (GATE >= OUTPUT) word[i] = (word[i] & ~(LANES << c % STRIP)) | pass << c % STRIP;
@@ -209,8 +213,8 @@ static void sum_rows(const Block& k, const Affine<T>& a, const T* dy, int64_t dy
         s[i & 1] += dz;
         q[i & 1] += dz * t;
       }
-      store(p1 + c, load(p1 + c) + (s[0] + s[1]));
-      store(p2 + c, load(p2 + c) + (q[0] + q[1]));
+      store_n(p1 + c, load_n(p1 + c, n) + (s[0] + s[1]), n);
+      store_n(p2 + c, load_n(p2 + c, n) + (q[0] + q[1]), n);
     });
   });
 }
@@ -226,13 +230,15 @@ static void finish_rows(const Block& k, const Affine<T>& a, const T* dy, int64_t
   T* const dx = (T*)k.dx;
   uint32_t* const bits = k.bits;
   const vec<T> scale = splat(dropout_scale<T>(k));
+  const int64_t head = S || GATED ? 0 : head_of(dx, to_stride, cols);
   each_group<ROWS>(0, all_rows, [&](int64_t r, int rows) __attribute__((always_inline)) {
     const T *xr[ROWS], *dr[ROWS];
     T* to[ROWS];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) xr[i] = x + (r + i) * xs, dr[i] = dy + (r + i) * ds, to[i] = dx + (r + i) * to_stride;
-    each_vector<T, S>(cols, [&](int64_t c, int n) __attribute__((always_inline)) {
-      const vec<T> mean = load(a.mean + c), gain = load(a.gain + c), e = load(along + c), f = load(across + c);
+    each_vector<T, S>(cols, head, [&](int64_t c, int n) __attribute__((always_inline)) {
+      const vec<T> mean = load_n(a.mean + c, n), gain = load_n(a.gain + c, n);
+      const vec<T> e = load_n(along + c, n), f = load_n(across + c, n);
       const uint32_t* word = GATED ? words(bits, all_rows, c, r) : nullptr;
 #pragma GCC unroll 4
       for (int i = 0; i < rows; i++) {
