@@ -15,11 +15,11 @@ import numpy as np
 
 from fastdl.errors import BackendUnavailable
 from fastdl.kernels import dispatch, registry
+from fastdl.kernels.common.blas import limit_blas
 from fastdl.kernels.engine import panels
 from fastdl.kernels.engine.panels import Panels
 from fastdl.parameters import Arena, aligned
 from fastdl.program import PHASES, Buffer, Call, Program
-from fastdl.threads import limit_blas
 
 #: Equal offsets of two buffers must not fall on the same cache sets: buffers start this many bytes apart, modulo 4 KB.
 STAGGER = 832
@@ -195,6 +195,8 @@ class PythonExecutor(Executor):
         super().__init__(*args, **kwargs)
         self._views: dict[int, list[list[Any]]] = {}
         self._runtime = [c.spec.runtime for c in self.program.calls]
+        #: Numba's kernels have threads of their own (kernels/common/blas.py)
+        self.blas_threads = 1 if self.backend == "numba" else self.threads
 
     def _arrays(self, rows: int) -> list[list[Any]]:
         found = self._views.get(rows)
@@ -229,12 +231,12 @@ class PythonExecutor(Executor):
     def run(self, run: Run, *phases: str) -> None:
         if not run.total_rows:
             run.total_rows = run.rows
-        with limit_blas(self.threads):
+        with limit_blas(self.blas_threads):
             self._go(*self.span(*(phases or PHASES)), run)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         first, last = self.span(*PHASES)
-        with limit_blas(self.threads):
+        with limit_blas(self.blas_threads):
             for _ in range(steps):
                 run.rows = run.total_rows = min(batch, count - run.offset)
                 self._go(first, last, run)

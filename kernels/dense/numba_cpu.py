@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from fastdl.kernels.common.blas import matmul
 from fastdl.kernels.common.numba_cpu import parallel_kernel, serial_kernel, set_threads
-from fastdl.kernels.dense.reference import dense_backward_input, dense_backward_weights
 from fastdl.kernels.registry import Impl, find, register, spec
 
 #: Elements below which waking the threads (5 us) costs more than the sweep.
@@ -53,7 +53,7 @@ def dense_forward(
 ) -> None:
     """y = act(x w + b): identity and ReLU in the sweep, other activations by their own kernel after it."""
     before = y if z is None else z
-    np.matmul(x, w, out=before)
+    matmul(x, w, before, threads)
     swept = activation in (None, "identity", "relu")
     relu = activation == "relu"
     if b is None and z is None and not relu and swept:
@@ -69,6 +69,20 @@ def dense_forward(
     if not swept:
         params = {"alpha": alpha} if any(p.name == "alpha" for p in spec(f"{activation}_forward").params) else {}
         find(f"{activation}_forward", "numba").fn(before, y, **params, threads=threads)
+
+
+def dense_backward_input(dy: np.ndarray, w: np.ndarray, dx: np.ndarray, threads: int = 1) -> None:
+    """dx (N, I) = dy (N, O) w^T (O, I)."""
+    matmul(dy, w.T, dx, threads)
+
+
+def dense_backward_weights(
+    x: np.ndarray, dy: np.ndarray, dw: np.ndarray, db: np.ndarray | None, threads: int = 1
+) -> None:
+    """dw (I, O) = x^T (I, N) dy (N, O), db (O,) = column sums of dy."""
+    matmul(x.T, dy, dw, threads)
+    if db is not None:
+        np.sum(dy, axis=0, out=db)
 
 
 register(Impl("dense_forward", "numba", dense_forward))
