@@ -67,8 +67,8 @@ def builds(source: str, flags: list[str], language: str = "C") -> bool:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def openmp_flags() -> tuple[list[str], list[str]]:
-    """Compile and link flags for OpenMP, after a look at what the machine has."""
+def check_tools() -> None:
+    """Stop with one line if a compiler or Python's headers are missing."""
     for language in ("C", "C++"):
         command = compiler(language)[0]
         if shutil.which(command) is None:
@@ -78,15 +78,6 @@ def openmp_flags() -> tuple[list[str], list[str]]:
     include = sysconfig.get_path("include")
     if not builds("#include <Python.h>\nint main(void) { return 0; }\n", [f"-I{include}"]):
         stop(f"Python.h was not found in {include}; install it: apt-get install python3-dev")
-    probe = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 0; }\n"
-    if builds(probe, ["-fopenmp"]):
-        return ["-fopenmp"], ["-fopenmp"]
-    brew = pathlib.Path("/opt/homebrew/opt/libomp" if platform.machine() == "arm64" else "/usr/local/opt/libomp")
-    apple, link = ["-Xpreprocessor", "-fopenmp", f"-I{brew}/include"], [f"-L{brew}/lib", "-lomp"]
-    if sys.platform == "darwin" and builds(probe, [*apple, *link]):
-        return apple, link
-    stop("the compiler has no OpenMP; install it: apt-get install gcc libgomp1, or on macOS: brew install libomp")
-    raise AssertionError  # stop() does not return
 
 
 def sources(pattern: str) -> list[str]:
@@ -120,10 +111,10 @@ class BuildLevels(build_ext):
         if modules:
             from Cython.Build import cythonize
 
-            compile_flags, link_flags = openmp_flags()
+            check_tools()
             for ext in modules:
-                ext.extra_compile_args = [*C_FLAGS, *compile_flags]
-                ext.extra_link_args = [*link_flags, "-lc++" if sys.platform == "darwin" else "-lstdc++"]
+                ext.extra_compile_args = [*C_FLAGS, "-pthread"]
+                ext.extra_link_args = ["-pthread", "-lc++" if sys.platform == "darwin" else "-lstdc++"]
             self.distribution.ext_modules = cythonize(
                 modules, compiler_directives=DIRECTIVES, build_dir="build/cython", quiet=True
             )

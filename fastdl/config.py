@@ -40,7 +40,7 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # libgomp hangs in a child that was forked after a parallel region: the child computes on one thread.
+    # Numba's threads hang in a child that was forked after a parallel region: the child computes on one thread.
     os.register_at_fork(after_in_child=_after_fork)
 
 

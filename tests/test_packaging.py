@@ -171,7 +171,6 @@ def stand_in(path, fails_on=""):
         (None, r"no C compiler \(.*absent\) was found; install one: apt-get install gcc"),
         ("", r"the C compiler \(.*cc\) cannot build an empty program"),
         ("Python.h", r"Python\.h was not found in .*; install it: apt-get install python3-dev"),
-        ("omp.h", r"the compiler has no OpenMP; install it: "),
     ],
 )
 def test_missing_tool_gives_one_line(builder, source, tmp_path, fails_on, message):

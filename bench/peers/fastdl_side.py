@@ -28,9 +28,11 @@ def stack(net: Net, plain: bool = False) -> list[layers.Layer]:
 
 
 def _compiled(net: Net, backend: str, threads: int, plain: bool = False) -> fd.Sequential:
+    """Threads are the library's own choice, at most one for each core of the process."""
     model = fd.Sequential(stack(net, plain), seed=1)
+    chosen: int | str = 1 if threads == 1 else "auto"
     model.compile(
-        loss="softmax_cross_entropy", optimizer="adam", backend=backend, threads=threads, fuse=backend != "numpy"
+        loss="softmax_cross_entropy", optimizer="adam", backend=backend, threads=chosen, fuse=backend != "numpy"
     )
     return model.build(net.widths[0])
 

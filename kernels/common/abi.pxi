@@ -57,6 +57,3 @@ cdef extern from "team.h" nogil:
     int FD_MAX_THREADS
     unsigned fd_flush_denormals(int on)
     void fd_restore_denormals(unsigned before)
-    ctypedef void (*fd_body)(void* context, const fd_worker* worker) noexcept nogil
-    void fd_parallel(fd_body body, void* context, int threads, char* scratch, int64_t scratch_bytes, char* shared,
-                     fd_team* team)

@@ -19,6 +19,11 @@ include "../common/abi.pxi"
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void** place, size_t alignment, size_t size)
 
+cdef extern from "engine/crew.h" nogil:
+    ctypedef void (*fd_body)(void* context, const fd_worker* worker) noexcept nogil
+    void fd_parallel(fd_body body, void* context, int threads, char* scratch, int64_t scratch_bytes, char* shared,
+                     fd_team* team)
+
 cdef extern from *:
     """
     static const size_t fd_team_bytes = sizeof(fd_team);
