@@ -1,4 +1,4 @@
-"""NumPy's matrix product for back ends that call it: who decides its threads, and a product shared among Python threads.
+"""NumPy's matrix product for back ends that call it: its threads, and a product shared among Python threads.
 
 A BLAS pool of more than one thread spins, and so does Numba's; two spinning pools on the same cores take the cores from
 each other (a tabular step took 48 ms instead of 0.3). One pool at a time: the NumPy back end holds BLAS to the
@@ -8,6 +8,7 @@ Program's threads, the Numba back end holds it to one and splits large products 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-#: Operations of a product from which it is split: handing a part to a sleeping thread costs 30 to 50 us, which is 8 Mflop
-#: at 200 Gflop/s.
+#: Operations of a product from which it is split: handing a part to a sleeping thread costs 30 to 50 us, which is 8
+#: Mflop at 200 Gflop/s.
 SPLIT_FLOPS = 3e7
 
 _controller: Any = None
@@ -70,7 +71,7 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, threads: int) -> None:
         np.matmul(a, b, out=out)
         return
     cuts = [max(rows, cols) * t // threads for t in range(threads + 1)]
-    parts = [slice(first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+    parts = [slice(first, last) for first, last in itertools.pairwise(cuts)]
 
     def one(part: slice) -> None:
         if rows >= cols:
