@@ -28,7 +28,7 @@ constexpr int WIDE[] = {1, 4, 1, 1};
 template <class T> constexpr int LINE = 64 / sizeof(T);
 template <class T> constexpr int A_LINES = sizeof(T) / 4;  // MR rows of 32 in at most 32 steps
 constexpr int AHEAD = 8, AHEAD_T = 24;  // rows of B and of x^T to prefetch; the latter comes from beyond L2
-constexpr int AHEAD_WIDE = 4;           // rows of each of the panels of a wide tile
+constexpr int AHEAD_WIDE = 16, AHEAD_PLAIN = 4;  // rows of B that a wide tile prefetches, in panels and in plain rows
 
 // ---------------------------------------------------------------- micro-kernel
 // The epilogue of a tile that ends within a vector: what earlier K blocks left, bias, z, ReLU, y, in the same order.
@@ -88,12 +88,12 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
     }
   };
   constexpr int ROWS = TA ? TILE_ROWS_T : TILE_ROWS;  // thin tiles pass over B faster
-  constexpr int DISTANCE = NP > 1 ? AHEAD_WIDE : AHEAD * ROWS / MR;
+  const int64_t ahead = b_row * (NP == 1 ? AHEAD * ROWS / MR : b_row == PANEL ? AHEAD_WIDE : AHEAD_PLAIN);
   auto prefetch_b = [&](const T* bk) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int q = 0; q < NP; q++)
 #pragma GCC unroll 2
-      for (int i = 0; i < NV * L; i += LINE<T>) __builtin_prefetch(bk + DISTANCE * b_row + q * b_panel + i);
+      for (int i = 0; i < NV * L; i += LINE<T>) __builtin_prefetch(bk + ahead + q * b_panel + i);
   };
   if constexpr (TA) {
     for (int64_t k = 0; k < p.k; k++, a += stride, b += b_row) {
