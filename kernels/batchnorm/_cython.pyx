@@ -39,6 +39,8 @@ cdef extern from "batchnorm/table.h" nogil:
         void* dgamma
         void* dbeta
         void* dslope
+        const void* bias
+        void* folded
         double decay, eps, alpha
         const fd_activation* activation
         int relu, training, drop
@@ -51,6 +53,7 @@ cdef extern from "batchnorm/table.h" nogil:
         fd_batchnorm_form* forward
         fd_batchnorm_form* inference
         fd_batchnorm_form* backward
+        fd_batchnorm_form* fold
     const fd_batchnorm_table* fd_batchnorm_at(int level)
 
 cdef const fd_batchnorm_table* native = fd_batchnorm_at(0)
@@ -133,6 +136,22 @@ cdef void inference_block(const fd_call* c, const fd_run* run, int64_t first, in
     clear_padding(&c.a[6], run.rows, first, cols)
 
 
+# w, b, gamma, beta, running_mean, running_var, w_folded, b_folded; eps
+cdef void fold_block(const fd_call* c, const fd_run* run, int64_t first, int64_t cols) noexcept nogil:
+    cdef fd_batchnorm_block k
+    memset(&k, 0, sizeof(k))
+    k.rows, k.cols = c.a[0].rows, cols
+    k.x, k.x_stride = columns(&c.a[0], first), c.a[0].row_stride
+    k.bias = columns(&c.a[1], first)
+    k.gamma, k.beta = columns(&c.a[2], first), columns(&c.a[3], first)
+    k.running_mean, k.running_var = columns(&c.a[4], first), columns(&c.a[5], first)
+    k.y, k.y_stride = columns(&c.a[6], first), c.a[6].row_stride
+    k.folded = columns(&c.a[7], first)
+    k.eps = c.f[0]
+    native.fold[c.a[0].itemsize == 8](&k)
+    clear_padding(&c.a[6], k.rows, first, cols)
+
+
 # dy, x, gamma, beta, mean, inv_std, slope, dx, dgamma, dbeta, dslope; alpha, rate | activation, seed, layer, training
 cdef void backward_block(const fd_call* c, const fd_run* run, int64_t first, int64_t cols) noexcept nogil:
     cdef fd_batchnorm_block k
@@ -170,6 +189,9 @@ cdef void forward(const fd_call* c, const fd_run* run, const fd_worker* w) noexc
 cdef void inference(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
     each_block(c, run, w, inference_block, block_width(c, 0, 6, 6, w.threads))
 
+cdef void fold(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
+    each_block(c, run, w, fold_block, block_width(c, 0, 6, 6, w.threads))
+
 cdef void backward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
     each_block(c, run, w, backward_block, block_width(c, 0, 1, 7, w.threads))
 
@@ -184,9 +206,10 @@ cdef void backward_panel(const fd_call* c, const fd_run* run, const fd_worker* w
 
 
 # ------------------------------------------------------------------------------------------------ exports
-cdef fd_kernel_info forward_info, inference_info, backward_info
+cdef fd_kernel_info forward_info, inference_info, fold_info, backward_info
 forward_info.run, forward_info.panel = forward, forward_panel
 inference_info.run, inference_info.panel = inference, inference_panel
+fold_info.run = fold
 backward_info.run, backward_info.panel = backward, backward_panel
 
 
@@ -200,6 +223,7 @@ def kernels() -> dict:
     return {
         "batchnorm_forward": export(&forward_info),
         "batchnorm_inference": export(&inference_info),
+        "batchnorm_fold": export(&fold_info),
         "batchnorm_backward": export(&backward_info),
     }
 

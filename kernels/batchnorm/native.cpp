@@ -256,6 +256,25 @@ template <class T> static void inference(const Block* block) {
   apply<T>(k, a);
 }
 
+// The weights and the bias of a dense layer with the normalisation behind it in them; gains are rounded once.
+template <class T> static void fold(const Block* block) {
+  const Block& k = *block;
+  const T *gamma = (const T*)k.gamma, *beta = (const T*)k.beta, *bias = (const T*)k.bias;
+  T gain[WIDTH];
+  for (int64_t c = 0; c < k.cols; c++) {
+    const double g = gamma[c] / __builtin_sqrt(((const T*)k.running_var)[c] + k.eps);
+    const double shift = (bias ? bias[c] : 0) - (double)((const T*)k.running_mean)[c];
+    gain[c] = (T)g;
+    ((T*)k.folded)[c] = (T)(shift * g + beta[c]);
+  }
+  for (int64_t row = 0; row < k.rows; row++)
+    for (int64_t p = 0; p < k.cols; p += 32)
+      each_vector<T>(p, k.cols, [&](int64_t c, int used, int) __attribute__((always_inline)) {
+        const vec<T> w = load_n((const T*)k.x + row * k.x_stride + c, used);
+        store_n((T*)k.y + row * k.y_stride + c, w * load_n(gain + c, used), used);
+      });
+}
+
 // ------------------------------------------------------------------------------------------------ backward
 // Dropout's keep bits, drawn for the sums and used again for dx as far as they fit; beyond, they are drawn again.
 struct Bits {
@@ -410,4 +429,5 @@ extern "C" const fd_batchnorm_table FD_SYMBOL(fd_batchnorm) = {
     {FD_NS::forward<float>, FD_NS::forward<double>},
     {FD_NS::inference<float>, FD_NS::inference<double>},
     {FD_NS::backward<float>, FD_NS::backward<double>},
+    {FD_NS::fold<float>, FD_NS::fold<double>},
 };
