@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ class Bound:
 
     executor: Executor
     x: Buffer  # slot
-    y: Buffer  # output of the last layer
+    y: Buffer  # output of the last layer; a slot for prediction
+    direct: Callable[[Any], np.ndarray | None] | None = None  # predict's shorter way, see Executor.direct
     targets: Buffer | None = None  # slot
     weight: Buffer | None = None  # slot
     dy: Buffer | None = None  # slot
@@ -192,25 +194,34 @@ class Builder:
         optimizer: Optimizer | None,
         memory: Memory,
         moments: dict[str, np.ndarray],
-        training: bool,
         fused: bool = True,
     ) -> tuple[Program, dict[str, Any]]:
-        """Forward, and with ``training`` backward to the input and update, for loops of the user's own."""
-        trace, x, y = self._trace(training)
+        """Forward, backward to the input and update, for loops of the user's own."""
+        trace, x, y = self._trace(True)
         calls, fed = self._feed(x, Feed(), None)
         calls += trace.calls
-        found: dict[str, Any] = {**fed, "y": y, "dy": None, "dx": None}
-        if training:
-            found["dy"] = Buffer("dY", (self.out_width,), "slot")
-            dy = trace.gradient_of(y)
-            calls.append(Call("identity_forward", {"x": found["dy"], "y": dy}, {}, "backward"))
-            trace.calls = []
-            trace.backward(y, None)
-            calls += trace.calls
-            found["dx"] = trace.gradient_of(x)
-            if optimizer is not None:
-                calls += self._update(optimizer, memory, moments)
-        return self._program("loop" if training else "predict", rows, calls, memory, fused), found
+        dy = Buffer("dY", (self.out_width,), "slot")
+        calls.append(Call("identity_forward", {"x": dy, "y": trace.gradient_of(y)}, {}, "backward"))
+        trace.calls = []
+        trace.backward(y, None)
+        calls += trace.calls
+        if optimizer is not None:
+            calls += self._update(optimizer, memory, moments)
+        found = {**fed, "y": y, "dy": dy, "dx": trace.gradient_of(x)}
+        return self._program("loop", rows, calls, memory, fused), found
+
+    def predict(self, rows: int, memory: Memory, fused: bool = True) -> tuple[Program, dict[str, Any]]:
+        """Forward from the caller's rows into the result's: nothing is copied at either end."""
+        trace = Trace(False, self.seed, self.segments, self.states)
+        x, y = Buffer("X", (self.width,), "slot"), Buffer("Y", (self.out_width,), "slot")
+        last = [x, *self._walk(trace, x)][-1]
+        if last is x:  # no layer does anything here
+            trace.call("identity_forward", x=x, y=y)
+        calls = [
+            replace(c, buffers={name: y if b is last is not x else b for name, b in c.buffers.items()})
+            for c in trace.calls
+        ]
+        return self._program("predict", rows, calls, memory, fused), {"x": x, "y": y}
 
     def evaluate(
         self, rows: int, feed: Feed, loss: Loss, memory: Memory, fused: bool = True
@@ -235,8 +246,8 @@ class Builder:
             executor,
             found["x"],
             found["y"],
-            found.get("target_slot"),
-            found.get("weight_slot"),
-            found.get("dy"),
-            found.get("dx"),
+            targets=found.get("target_slot"),
+            weight=found.get("weight_slot"),
+            dy=found.get("dy"),
+            dx=found.get("dx"),
         )

@@ -7,8 +7,8 @@ engine, which runs any number of steps in one call without the GIL.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,9 @@ class Memory:
     dtype: np.dtype
     panel_layout: bool
     flats: dict[Buffer, np.ndarray]  # stretches of the arenas that the optimiser sweeps over
+    folded: dict[str, np.ndarray | Panels] = field(default_factory=dict)  # tensors made from parameters and states
+    #: One integer, raised with every change of parameters or states: what is folded is made anew then.
+    version: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
 
 def _dtype(buffer: Buffer, memory: Memory) -> np.dtype:
@@ -145,6 +148,10 @@ class Executor(ABC):
             return memory.flats[buffer]
         if buffer.kind == "slot":
             return self._slots.get(buffer)
+        if buffer.kind == "folded":
+            if buffer.name not in memory.folded:
+                memory.folded[buffer.name] = memory.parameters.blank(buffer.shape)
+            return memory.folded[buffer.name]
         dtype = _dtype(buffer, memory)
         if buffer.kind == "cell":
             if buffer not in self._cells:
@@ -171,12 +178,20 @@ class Executor(ABC):
         chosen = [k for k, c in enumerate(self.program.calls) if c.phase in phases]
         return (chosen[0], chosen[-1] + 1) if chosen else (0, 0)
 
-    def slot(self, buffer: Buffer, array: np.ndarray) -> None:
-        """Bind one of the caller's arrays."""
+    def slot(self, buffer: Buffer, array: np.ndarray | None) -> None:
+        """Bind one of the caller's arrays; None lets go of it until the next run has another."""
         self._slots[buffer] = array
 
     def single(self, x: Buffer, targets: Buffer) -> Any:
         """A quick way in for batches that need no conversion (engine's `SingleStep`), or None."""
+        return None
+
+    def direct(self, x: Buffer, y: Buffer) -> Callable[[Any], np.ndarray | None] | None:
+        """A shorter way from an array for slot ``x`` to a new one for slot ``y``, where there is one.
+
+        Both slots have been bound to contiguous arrays before. Called with anything but a contiguous matrix of the
+        model's dtype and width, of no more rows than the Program has, it returns None and has done nothing.
+        """
         return None
 
     @abstractmethod
@@ -197,6 +212,8 @@ class PythonExecutor(Executor):
         self._runtime = [c.spec.runtime for c in self.program.calls]
         #: Numba's kernels have threads of their own (kernels/common/blas.py)
         self.blas_threads = 1 if self.backend == "numba" else self.threads
+        self._folds, self._changes = self.program.folds, self.program.changes_parameters
+        self._folded = -1  # version of the parameters that the folded tensors were made from
 
     def _arrays(self, rows: int) -> list[list[Any]]:
         found = self._views.get(rows)
@@ -212,7 +229,7 @@ class PythonExecutor(Executor):
         stored = self.stored(buffer)
         return stored[:rows] if buffer.kind == "batch" else stored
 
-    def slot(self, buffer: Buffer, array: np.ndarray) -> None:
+    def slot(self, buffer: Buffer, array: np.ndarray | None) -> None:
         super().slot(buffer, array)
         for views in self._views.values():
             for call, arrays in zip(self.program.calls, views, strict=True):
@@ -221,6 +238,12 @@ class PythonExecutor(Executor):
                         arrays[k] = array
 
     def _go(self, first: int, last: int, run: Run) -> None:
+        version = self.memory.version
+        if self._changes:
+            version += 1
+        if 0 < self._folds <= first and self._folded != version[0]:
+            self._go(0, self._folds, run)
+            self._folded = int(version[0])
         values = vars(run)
         arrays = self._arrays(run.rows)
         for k in range(first, last):
@@ -270,7 +293,10 @@ class NativeExecutor(Executor):
             capsule = how.capsule(impl, arrays, self.memory.dtype)
             calls.append((capsule, arrays, ints, floats, call.tail, barriers[k]))
         stats = None if self.stats is None else self.stored(self.stats)
-        native = NativeProgram(calls, self.program.rows, self.threads, stats, self.totals)
+        changes = self.program.changes_parameters
+        native = NativeProgram(
+            calls, self.program.rows, self.threads, stats, self.totals, self.memory.version, self.program.folds, changes
+        )
         self._spans = {}
         return native
 
@@ -320,9 +346,9 @@ class NativeExecutor(Executor):
             self._native = self._bind()
         return self._native
 
-    def slot(self, buffer: Buffer, array: np.ndarray) -> None:
+    def slot(self, buffer: Buffer, array: np.ndarray | None) -> None:
         super().slot(buffer, array)
-        if self._native is not None:
+        if self._native is not None and array is not None:
             self._native.rebind(self._places.get(buffer, []), array)
 
     def single(self, x: Buffer, targets: Buffer) -> Any:
@@ -334,6 +360,13 @@ class NativeExecutor(Executor):
         native, double = self.native, self.memory.dtype == np.float64
         places = self._places[x], self._places[targets]
         return SingleStep(native, *places, x.shape[-1], self.program.rows, double, loss.buffers["z"].shape[0])
+
+    def direct(self, x: Buffer, y: Buffer) -> Callable[[Any], np.ndarray | None] | None:
+        from fastdl.kernels.engine._cython import Prediction
+
+        places = self._places[x], self._places[y]
+        sizes = self.program.rows, x.shape[0], y.shape[0]
+        return Prediction(self.native, *places, *self._heads(PHASES), *sizes, self.memory.dtype)
 
     def _heads(self, phases: tuple[str, ...]) -> tuple[int, int]:
         found = self._spans.get(phases)

@@ -3,6 +3,8 @@
 ========================  ==========================================================================================
 rule                      what it does
 ========================  ==========================================================================================
+batchnorm_fold            dense, batchnorm by running statistics -> dense with weights that do both, made anew when the
+                          parameters have changed
 batchnorm_chain           batchnorm, activation, dropout -> one batchnorm call, forward and backward
 dense_activation          dense, activation -> one dense call with the activation as its epilogue
 tails                     a column-local call after a dense product runs on each finished panel of it, in cache
@@ -17,14 +19,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.program import Buffer, Call, Program
+from fastdl.program import FOLD, Buffer, Call, Program
 
 FORWARD, BACKWARD = "_forward", "_backward"
 
 
 def fuse(program: Program, panels: bool) -> Program:
     """Apply every rule that the back end can run."""
-    program = dense_activation(batchnorm_chain(program))
+    program = dense_activation(batchnorm_chain(batchnorm_fold(program)))
     return tails(program) if panels else program
 
 
@@ -53,6 +55,31 @@ def _backward_of(program: Program, call: Call) -> Call | None:
 def _substitute(program: Program, swaps: dict[Call, Call | None]) -> Program:
     calls = [swaps.get(c, c) for c in program.calls]
     return program.replaced([c for c in calls if c is not None])
+
+
+# ---------------------------------------------------------------------------------------------- folded batchnorm
+def batchnorm_fold(program: Program) -> Program:
+    """Let the dense product before each normalisation by running statistics do its work.
+
+    The normalisation is w' = w gain, b' = (b - mean) gain + beta for all rows alike. Training Programs normalise by the
+    batch, so there the rule finds nothing.
+    """
+    folds = []
+    for norm in [c for c in program.calls if c.op == "batchnorm_inference"]:
+        z = norm.buffers["x"]
+        dense = next((c for c in program.writers(z) if c.op == "dense_forward"), None)
+        if dense is None or program.readers(z) != [norm]:
+            continue
+        name = norm.buffers["gamma"].name.removesuffix("/gamma")
+        w = Buffer(f"{name}/folded kernel", dense.buffers["w"].shape, "folded")
+        b = Buffer(f"{name}/folded bias", z.shape, "folded")
+        vectors = {key: norm.buffers[key] for key in ("gamma", "beta", "running_mean", "running_var")}
+        given = {"w": dense.buffers["w"], "b": dense.buffers.get("b")}
+        made = {"w_folded": w, "b_folded": b}
+        folds.append(Call("batchnorm_fold", {**given, **vectors, **made}, dict(norm.params), FOLD))
+        buffers = {**dense.buffers, "w": w, "b": b, "y": norm.buffers["y"]}
+        program = _substitute(program, {dense: replace(dense, buffers=buffers), norm: None})
+    return program.replaced([*folds, *program.calls])
 
 
 # ---------------------------------------------------------------------------------------------- batchnorm chain

@@ -20,11 +20,9 @@ from fastdl.kernels.registry import BACKENDS
 from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
 from fastdl.program import Program
-from fastdl.runtime import Runtime, Settings
+from fastdl.runtime import PREDICT_ROWS, Runtime, Settings
 from fastdl.trainer import evaluate_batches, train
 
-#: Rows of one prediction batch: larger ones gain nothing and cost cache.
-PREDICT_ROWS = 256
 DTYPES = ("float32", "float64")
 
 
@@ -245,7 +243,7 @@ class Sequential:
         with self._lock:
             X = as_matrix(X, self._settings.dtype, "X")
             runtime, rows = self._ready(X.shape[1]), X.shape[0]
-            bound = runtime.loop(rows, training=True)
+            bound = runtime.loop(rows)
             executor = bound.executor
             executor.slot(bound.x, X)
             executor.slot(bound.dy, np.zeros((rows, runtime.builder.out_width), X.dtype))  # until backward() knows
@@ -295,23 +293,16 @@ class Sequential:
     def predict(self, X: Any) -> np.ndarray:
         """Output of the last layer for every row, (N, O): logits where the loss takes logits."""
         with self._lock:
+            if self._runtime is not None and (out := self._runtime.predict_direct(X)) is not None:
+                return out
             X = as_matrix(X, self._settings.dtype, "X")
-            runtime = self._ready(X.shape[1])
-            rows = min(PREDICT_ROWS, X.shape[0])
-            bound = runtime.loop(rows, training=False)
-            out = np.empty((X.shape[0], runtime.builder.out_width), X.dtype)
-            for start in range(0, X.shape[0], rows):
-                piece = X[start : start + rows]
-                bound.executor.slot(bound.x, piece)
-                bound.executor.run(Run(rows=piece.shape[0], total_rows=piece.shape[0]))
-                out[start : start + rows] = bound.executor.read(bound.y, piece.shape[0])
-            return out
+            return self._ready(X.shape[1]).predict(X)
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, and accuracy where the loss has one, with running statistics and no dropout."""
         with self._lock:
             X, targets, weight = self._inputs(X, y, sample_weight)
-            rows = min(PREDICT_ROWS, X.shape[0])
+            rows = min(PREDICT_ROWS[-1], X.shape[0])
             bound = self._runtime.evaluate(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
             total, mass, correct = evaluate_batches(bound, X, targets, weight, rows)
             found = {"loss": total / mass}

@@ -70,7 +70,13 @@ class Arena:
         """The segment inside an arena of this layout (its own values by default)."""
         arena = self.values if arena is None else arena
         shape = next(s.buffer.shape for s in self.segments if s.name == name)
-        flat = arena[self.offsets[name] : self.offsets[name] + self.padded_size(shape)]
+        return self._shaped(arena[self.offsets[name] : self.offsets[name] + self.padded_size(shape)], shape)
+
+    def blank(self, shape: tuple[int, ...]) -> np.ndarray | Panels:
+        """Zeros outside of the arena, in its layout."""
+        return self._shaped(aligned(self.padded_size(shape), self.dtype), shape)
+
+    def _shaped(self, flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | Panels:
         if not self.panel_layout:
             return flat.reshape(shape)
         if len(shape) == 1:
@@ -94,11 +100,11 @@ class Arena:
 class Weights(MutableMapping[str, np.ndarray]):
     """Named tensors of a model: reading copies out in plain layout, assigning copies in.
 
-    Shapes are those of the layer: kernels (I, O), vectors (O,).
+    Shapes are those of the layer: kernels (I, O), vectors (O,). ``version``, one integer, is raised by an assignment.
     """
 
-    def __init__(self, arenas: list[tuple[Arena, np.ndarray]], names: list[str]) -> None:
-        self._arenas, self._names = arenas, names
+    def __init__(self, arenas: list[tuple[Arena, np.ndarray]], names: list[str], version: np.ndarray) -> None:
+        self._arenas, self._names, self._version = arenas, names, version
 
     def _place(self, name: str) -> tuple[Arena, np.ndarray]:
         for arena, values in self._arenas:
@@ -121,6 +127,7 @@ class Weights(MutableMapping[str, np.ndarray]):
         if values is not arena.values:
             raise TypeError(f"{name}: gradients are read-only here; they are written by backward()")
         arena.write(name, value.astype(arena.dtype))
+        self._version += 1
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("tensors of a model cannot be deleted")

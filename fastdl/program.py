@@ -16,6 +16,8 @@ from fastdl.kernels import registry
 
 #: Phases in the order in which they run.
 PHASES = ("feed", "forward", "loss", "backward", "update")
+#: The phase before them: what is made from the parameters, run only when these have changed.
+FOLD = "fold"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +29,10 @@ class Buffer:
     name : str
     shape : tuple
         Trailing shape for batch buffers (the rows come from the run-time block), the whole shape for the others.
-    kind : {"batch", "parameter", "gradient", "state", "slot", "cell", "flat"}
+    kind : {"batch", "parameter", "gradient", "state", "slot", "cell", "flat", "folded"}
         ``slot``: the caller's array, bound before a run. ``cell``: small values of a fixed size, e.g. the loss.
-        ``flat``: a stretch of an arena.
+        ``flat``: a stretch of an arena. ``folded``: made from parameters and states by the phase `FOLD`, one tensor
+        of a name for all Programs of a model.
     dtype : {"T", "f8", "i8"}
     """
 
@@ -154,11 +157,21 @@ class Program:
                     spans[buffer] = (spans.get(buffer, (k, k))[0], k)
         return spans
 
+    @property
+    def folds(self) -> int:
+        """Calls of the phase `FOLD`; they stand first."""
+        return sum(c.phase == FOLD for c in self.calls)
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Whether a run leaves other parameters or running statistics behind."""
+        return any(b.kind in ("parameter", "state", "flat") for c in self.calls for b in c.writes)
+
     def flops(self) -> float:
-        return sum(c.spec.flops(c.sizes(self.rows)) for c in self.calls)
+        return sum(c.spec.flops(c.sizes(self.rows)) for c in self.calls[self.folds :])
 
     def bytes(self) -> float:
-        return sum(c.moved(self.rows, self.itemsize) for c in self.calls)
+        return sum(c.moved(self.rows, self.itemsize) for c in self.calls[self.folds :])
 
     def __len__(self) -> int:
         return len(self.calls)

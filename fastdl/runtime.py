@@ -11,7 +11,7 @@ import numpy as np
 from fastdl import config
 from fastdl.builder import Bound, Builder, Feed
 from fastdl.errors import BackendUnavailable
-from fastdl.executor import Memory
+from fastdl.executor import Memory, Run
 from fastdl.kernels import dispatch
 from fastdl.kernels.common import philox
 from fastdl.kernels.registry import BACKENDS
@@ -23,6 +23,11 @@ from fastdl.program import Program
 
 #: Bound Programs kept: growing batches would otherwise pile up arenas.
 KEPT = 8
+#: Maximum rows of prediction Programs: one row has a Program of its own, on one thread, and few rows get no more
+#: threads than they keep busy. Larger batches gain nothing and cost cache.
+PREDICT_ROWS = (1, 16, 64, 256)
+#: Which of them takes so many rows.
+CAPACITY = [next(most for most in PREDICT_ROWS if most >= rows) for rows in range(PREDICT_ROWS[-1] + 1)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Runtime:
         self.moments: dict[str, np.ndarray] = {}
         self.backend = ""
         self._bound: dict[tuple[Any, ...], Bound] = {}
-        self._quick: tuple[Any, int | None] | None = None  # a SingleStep, threads that were asked for
+        self._quick: tuple[Any, int | None, Any] | None = None  # SingleStep, threads asked for, executor
         self.place(self._resolve())
         self._draw()
 
@@ -80,9 +85,9 @@ class Runtime:
             return [state]
         builder, s = self.builder, self.settings
         memory, moments = builder.memory(False, s.optimizer)
-        calls = list(builder.loop(1, s.optimizer, memory, moments, False, False)[0].calls)
+        calls = list(builder.predict(1, memory)[0].calls)
         if s.loss is None:
-            calls += builder.loop(1, s.optimizer, memory, moments, True, False)[0].calls
+            calls += builder.loop(1, s.optimizer, memory, moments, False)[0].calls
         else:
             feed = Feed(rows=1, labels=s.loss.target_kind == "labels")
             calls += builder.train(1, feed, s.loss, s.optimizer, memory, moments, False)[0].calls
@@ -134,15 +139,19 @@ class Runtime:
         arenas = [(a, a.values) for a in (self.memory.parameters, self.memory.states)]
         layers = [name for name, _ in self.builder.layers]
         names = [*self.builder.segments, *self.builder.states]
-        return Weights(arenas, sorted(names, key=lambda name: layers.index(name.split("/")[0])))
+        names.sort(key=lambda name: layers.index(name.split("/")[0]))
+        return Weights(arenas, names, self.memory.version)
 
     @property
     def gradients(self) -> Weights:
-        return Weights([(self.memory.parameters, self.memory.gradients)], list(self.builder.segments))
+        memory = self.memory
+        return Weights([(memory.parameters, memory.gradients)], list(self.builder.segments), memory.version)
 
     # ------------------------------------------------------------------ programs
     def threads(self, program: Program) -> tuple[int, str]:
         """Threads for a Program and the reason."""
+        if program.name == "predict" and program.rows == 1:
+            return 1, "to start a team takes as long as a row"
         return config.threads_for(program.flops(), None, self.settings.threads)
 
     def train(self, rows: int, feed: Feed) -> Bound:
@@ -158,26 +167,52 @@ class Runtime:
     def keep_quick(self, bound: Bound) -> None:
         """Remember the quick way into a training step, where it has one."""
         step = bound.executor.single(bound.x, bound.targets)
-        self._quick = None if step is None else (step, config.resolve_threads(None, self.settings.threads))
+        self._quick = None
+        if step is not None:  # the executor owns the memory that the step points into
+            self._quick = step, config.resolve_threads(None, self.settings.threads), bound.executor
 
     def quick(self) -> Any:
         """The engine's `SingleStep` of the last batch, as long as back end and threads are those asked for."""
         if self._quick is None:
             return None
-        step, threads = self._quick
+        step, threads, _ = self._quick
         wanted = config.resolve_backend(None, self.settings.backend)
         same = wanted in ("auto", self.backend) and config.resolve_threads(None, self.settings.threads) == threads
         return step if same else None
 
-    def loop(self, rows: int, training: bool) -> Bound:
-        """Forward, with ``training`` also backward and update."""
+    def loop(self, rows: int) -> Bound:
+        """Forward, backward and update, one after the other when the user says so."""
         s = self.settings
-        optimizer = s.optimizer if training else None
-        rows = self._capacity("loop", training, rows)
+        rows = self._capacity("loop", None, rows)
         return self._get(
-            ("loop", training, rows),
-            lambda: self.builder.loop(rows, optimizer, self.memory, self.moments, training, s.fuse),
+            ("loop", None, rows), lambda: self.builder.loop(rows, s.optimizer, self.memory, self.moments, s.fuse)
         )
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Output of the last layer for every row of a contiguous matrix of the model's dtype and width."""
+        out = np.empty((X.shape[0], self.builder.out_width), X.dtype)
+        for start in range(0, X.shape[0], PREDICT_ROWS[-1]):
+            x, y = X[start : start + PREDICT_ROWS[-1]], out[start : start + PREDICT_ROWS[-1]]
+            rows = CAPACITY[x.shape[0]]
+            bound = self._get(
+                ("predict", None, rows), lambda rows=rows: self.builder.predict(rows, self.memory, self.settings.fuse)
+            )
+            bound.executor.slot(bound.x, x)
+            bound.executor.slot(bound.y, y)
+            bound.executor.run(Run(rows=x.shape[0], total_rows=x.shape[0]))
+            bound.direct = bound.direct or bound.executor.direct(bound.x, bound.y)
+            bound.executor.slot(bound.x, None)
+            bound.executor.slot(bound.y, None)
+        return out
+
+    def predict_direct(self, X: Any) -> np.ndarray | None:
+        """`predict` in one call of the engine, for what a Program in use can take as it stands; None otherwise."""
+        if type(X) is not np.ndarray or X.ndim != 2 or X.shape[0] > PREDICT_ROWS[-1]:
+            return None
+        self.follow()
+        key = "predict", None, CAPACITY[X.shape[0]], config.resolve_threads(None, self.settings.threads)
+        bound = self._bound.get(key)
+        return None if bound is None or bound.direct is None else bound.direct(X)
 
     def evaluate(self, rows: int, feed: Feed) -> Bound:
         """Forward and loss."""
@@ -194,7 +229,7 @@ class Runtime:
                 return bound.executor.program
         s = self.settings
         if s.loss is None:
-            return self.builder.loop(32, s.optimizer, self.memory, self.moments, True, s.fuse)[0]
+            return self.builder.loop(32, s.optimizer, self.memory, self.moments, s.fuse)[0]
         feed = Feed(labels=s.loss.target_kind == "labels")
         return self.builder.train(32, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse)[0]
 

@@ -19,6 +19,7 @@ def shapes(count: int) -> list[tuple[int, int, int]]:
     rng = np.random.default_rng(11)
     edges = [(n, i, o) for n in (6, 14, 15) for i in (31, 32, 33) for o in (8, 16, 32, 33, 64)]
     blocks = [(600, 40, 33), (33, 1100, 40), (40, 33, 1100), (130, 64, 96), (1, 1, 300), (300, 300, 1)]
+    blocks += [(1, 700, 490), (2, 40, 257), (3, 600, 230)]  # several panels at once
     found = [*NAMED, *blocks, *edges]
     while len(found) < count:
         found.append(tuple(int(v) for v in np.exp(rng.uniform(0, np.log(300), 3))))
@@ -127,6 +128,26 @@ def test_threads_change_no_bit(level, dtype):
             dispatch.run("dense_backward_weights", x, dy, dw, db, **options)
             seen.add(b"".join(a.tobytes() for a in (y, dx, dw, db)))
         assert len(seen) == 1, f"bits depend on the thread count at {(n, i, o)}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["plain", "strided", "panels"])
+def test_few_rows_have_the_bits_of_many(level, layout, dtype):
+    """Transposed weights are left out: few rows times them are dot products, whose lanes are k."""
+    rng = np.random.default_rng(9)
+    for i, o in ((37, 300), (1100, 490), (64, 33)):
+        x, w, b = (rng.standard_normal(s).astype(dtype) for s in ((20, i), (i, o), (o,)))
+        ws = laid_out(w, layout)
+        for activation in ("identity", "relu", "tanh"):
+            options = {"activation": activation, "backend": "cython"}
+            want, want_z = blank((20, o), dtype, layout), blank((20, o), dtype, layout)
+            dispatch.run("dense_forward", laid_out(x, layout), ws, b, want, want_z, **options)
+            for rows, threads in ((1, 1), (1, 3), (2, 1), (3, 2), (4, 1)):
+                xs = laid_out(x[:rows], layout)
+                y, z = blank((rows, o), dtype, layout), blank((rows, o), dtype, layout)
+                dispatch.run("dense_forward", xs, ws, b, y, z, threads=threads, **options)
+                np.testing.assert_array_equal(plain(y), plain(want)[:rows])
+                np.testing.assert_array_equal(plain(z), plain(want_z)[:rows])
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "gelu", "leaky_relu", "elu", "softplus"])

@@ -39,6 +39,8 @@ cdef extern from "batchnorm/table.h" nogil:
         void* dgamma
         void* dbeta
         void* dslope
+        const void* bias
+        void* folded
         double decay, eps, alpha
         const fd_activation* activation
         int relu, training, drop
@@ -53,6 +55,7 @@ cdef extern from "batchnorm/table.h" nogil:
         fd_batchnorm_form* forward
         fd_batchnorm_form* inference
         fd_batchnorm_form* backward
+        fd_batchnorm_form* fold
     const fd_batchnorm_table* fd_batchnorm_at(int level)
 
 # Bytes of a plain output from which its stores go past the caches, as those of the activations do.
@@ -67,11 +70,16 @@ cdef void* columns(const fd_array* a, int64_t first) noexcept nogil:
     return NULL if a.data == NULL else <void*>fd_panel_data(a, first // FD_PANEL)
 
 
-cdef int64_t block_width(const fd_call* c, int matrix, int other, int third, int threads) noexcept nogil:
+cdef int64_t most_columns(int64_t activation) noexcept nogil:
+    """Columns of a block at most, for the activation of an op (-1 for none)."""
+    if activation < 0 or strcmp(activations[0].entry[activation].name, b"relu") == 0:
+        return FD_BATCHNORM_WIDTH
+    return FD_BATCHNORM_TILED
+
+
+cdef int64_t block_width(const fd_call* c, int matrix, int other, int third, int64_t most, int threads) noexcept nogil:
     """Columns of a block. They do not enter any result, so they may depend on the number of threads."""
-    cdef int64_t share, most = FD_BATCHNORM_WIDTH
-    if c.i[0] >= 0 and strcmp(activations[0].entry[c.i[0]].name, b"relu") != 0:
-        most = FD_BATCHNORM_TILED
+    cdef int64_t share
     if not (fd_is_plain(&c.a[matrix]) and fd_is_plain(&c.a[other]) and fd_is_plain(&c.a[third])):
         return FD_PANEL
     share = (c.a[matrix].cols + threads - 1) // threads
@@ -153,6 +161,22 @@ cdef void inference_block(const fd_call* c, const fd_run* run, const fd_worker* 
     clear_padding(&c.a[6], run.rows, first, cols)
 
 
+# w, b, gamma, beta, running_mean, running_var, w_folded, b_folded; eps
+cdef void fold_block(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t first, int64_t cols) noexcept nogil:
+    cdef fd_batchnorm_block k
+    memset(&k, 0, sizeof(k))
+    k.rows, k.cols = c.a[0].rows, cols
+    k.x, k.x_stride = columns(&c.a[0], first), c.a[0].row_stride
+    k.bias = columns(&c.a[1], first)
+    k.gamma, k.beta = columns(&c.a[2], first), columns(&c.a[3], first)
+    k.running_mean, k.running_var = columns(&c.a[4], first), columns(&c.a[5], first)
+    k.y, k.y_stride = columns(&c.a[6], first), c.a[6].row_stride
+    k.folded = columns(&c.a[7], first)
+    k.eps = c.f[0]
+    native.fold[c.a[0].itemsize == 8](&k)
+    clear_padding(&c.a[6], k.rows, first, cols)
+
+
 # dy, x, gamma, beta, mean, inv_std, slope, y, dx, dgamma, dbeta, dslope; alpha, rate | activation, seed, layer, training
 cdef void backward_block(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t first,
                          int64_t cols) noexcept nogil:
@@ -190,13 +214,16 @@ cdef void each_block(const fd_call* c, const fd_run* run, const fd_worker* w, bl
 
 
 cdef void forward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, forward_block, block_width(c, 0, 6, 6, w.threads))
+    each_block(c, run, w, forward_block, block_width(c, 0, 6, 6, most_columns(c.i[0]), w.threads))
 
 cdef void inference(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, inference_block, block_width(c, 0, 6, 6, w.threads))
+    each_block(c, run, w, inference_block, block_width(c, 0, 6, 6, most_columns(c.i[0]), w.threads))
+
+cdef void fold(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
+    each_block(c, run, w, fold_block, block_width(c, 0, 6, 6, FD_BATCHNORM_WIDTH, w.threads))
 
 cdef void backward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, backward_block, block_width(c, 0, 1, 8, w.threads))
+    each_block(c, run, w, backward_block, block_width(c, 0, 1, 8, most_columns(c.i[0]), w.threads))
 
 cdef void forward_panel(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t panel) noexcept nogil:
     forward_block(c, run, w, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
@@ -215,9 +242,10 @@ cdef int64_t bits_of(const fd_call* c, int64_t rows) noexcept nogil:
 
 
 # ------------------------------------------------------------------------------------------------ exports
-cdef fd_kernel_info forward_info, inference_info, backward_info
+cdef fd_kernel_info forward_info, inference_info, fold_info, backward_info
 forward_info.run, forward_info.panel, forward_info.scratch = forward, forward_panel, bits_of
 inference_info.run, inference_info.panel = inference, inference_panel
+fold_info.run = fold
 backward_info.run, backward_info.panel, backward_info.scratch = backward, backward_panel, bits_of
 
 
@@ -231,6 +259,7 @@ def kernels() -> dict:
     return {
         "batchnorm_forward": export(&forward_info),
         "batchnorm_inference": export(&inference_info),
+        "batchnorm_fold": export(&fold_info),
         "batchnorm_backward": export(&backward_info),
     }
 

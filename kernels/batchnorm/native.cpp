@@ -80,8 +80,28 @@ template <class T> static void inference(const Block* block) {
   else apply<T, 0>(k, a);
 }
 
+// The weights and the bias of a dense layer with the normalisation behind it in them; gains are rounded once.
+template <class T> static void fold(const Block* block) {
+  const Block& k = *block;
+  const T *gamma = (const T*)k.gamma, *beta = (const T*)k.beta, *bias = (const T*)k.bias;
+  T gain[WIDTH];
+  for (int64_t c = 0; c < k.cols; c++) {
+    const double g = gamma[c] / __builtin_sqrt(((const T*)k.running_var)[c] + k.eps);
+    const double shift = (bias ? bias[c] : 0) - (double)((const T*)k.running_mean)[c];
+    gain[c] = (T)g;
+    ((T*)k.folded)[c] = (T)(shift * g + beta[c]);
+  }
+  for (int64_t row = 0; row < k.rows; row++) {
+    const T* w = (const T*)k.x + row * k.x_stride;
+    T* to = (T*)k.y + row * k.y_stride;
+    each_vector<T, 0>(k.cols, 0, [&](int64_t c, int n) __attribute__((always_inline)) {
+      store_n(to + c, load_n(w + c, n) * load_n(gain + c, n), n);
+    });
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ backward
-// The two sweeps. dz = act'(u) dropout'(dy) goes into dx for an activation of the table: u again (and act(u) where the derivative is made from
+// dz = act'(u) dropout'(dy) into dx for an activation of the table: u again (and act(u) where the derivative is made from
 // it), tile by tile.
 template <class T>
 static void backward_tiles(const Block& k, const Affine<T>& a, int64_t r0, int64_t r1, T* p1, T* p2) {
@@ -182,4 +202,5 @@ extern "C" const fd_batchnorm_table FD_SYMBOL(fd_batchnorm) = {
     {FD_NS::forward<float>, FD_NS::forward<double>},
     {FD_NS::inference<float>, FD_NS::inference<double>},
     {FD_NS::backward<float>, FD_NS::backward<double>},
+    {FD_NS::fold<float>, FD_NS::fold<double>},
 };

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastdl.kernels.activations.points import POINTS
 from fastdl.kernels.activations.reference import ACTIVATIONS
+from fastdl.kernels.batchnorm.reference import batchnorm_fold
 from fastdl.kernels.common import philox
 from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
 from fastdl.kernels.random.points import MASK, philox4x32
@@ -401,3 +402,4 @@ def batchnorm_backward(
 register(Impl("batchnorm_forward", "numba", batchnorm_forward))
 register(Impl("batchnorm_inference", "numba", batchnorm_inference))
 register(Impl("batchnorm_backward", "numba", batchnorm_backward))
+register(Impl("batchnorm_fold", "numba", batchnorm_fold))  # one product of NumPy's, as fast as memory

@@ -153,6 +153,32 @@ def batchnorm_inference(
 
 
 @np.errstate(over="ignore", invalid="ignore")
+def batchnorm_fold(
+    w: np.ndarray,
+    b: np.ndarray | None,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    w_folded: np.ndarray,
+    b_folded: np.ndarray,
+    *,
+    eps: float = 1e-5,
+    threads: int = 1,
+) -> None:
+    """Weights (I, O) and bias (O,) of a dense layer x w + b that does the work of the normalisation behind it."""
+    gain = np.empty_like(running_var)
+    _inv_std(running_var, eps, gain)
+    gain *= gamma
+    np.multiply(w, gain, out=w_folded)
+    np.negative(running_mean, out=b_folded)
+    if b is not None:
+        b_folded += b
+    b_folded *= gain
+    b_folded += beta
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def batchnorm_backward(
     dy: np.ndarray,
     x: np.ndarray,
@@ -329,6 +355,32 @@ register_op(
         aliases=(("x", "y"),),
         column_local=True,
         flops=lambda sizes: 3.0 * sizes["N"] * sizes["C"],
+    )
+)
+register_op(
+    OpSpec(
+        name="batchnorm_fold",
+        family="batchnorm",
+        summary="w_folded = w gain, b_folded = (b - running_mean) gain + beta, gain = gamma / sqrt(running_var + eps)",
+        arrays=(
+            Array("w", "I,O"),
+            Array("b", "O", optional=True),
+            Array("gamma", "O", fill=_fill_gamma),
+            Array("beta", "O"),
+            Array("running_mean", "O"),
+            Array("running_var", "O", fill=_fill_gamma),
+            Array("w_folded", "I,O", "out"),
+            Array("b_folded", "O", "out"),
+        ),
+        params=(EPS,),
+        reference=batchnorm_fold,
+        tolerance=lambda sizes: Tolerance(
+            ulp=8.0,
+            norm=8.0 * (1.0 + 64.0 / sizes["O"]),
+            why="half a dozen roundings an element; among few columns the largest bias may be a cancelled one",
+        ),
+        no_gradient=("w", "b", "gamma", "beta", "running_mean", "running_var"),
+        flops=lambda sizes: 1.0 * sizes["I"] * sizes["O"],
     )
 )
 register_op(

@@ -20,6 +20,8 @@ typedef struct {
   void *mean, *inv_std;                   /* written by forward, read by the others */
   void *running_mean, *running_var;       /* forward: updated in place */
   void *dgamma, *dbeta, *dslope;          /* backward; dslope may be NULL */
+  const void* bias;                       /* fold: of the dense layer, or NULL */
+  void* folded;                           /* fold: the bias that does the normalisation, too */
   double decay, eps, alpha;
   const fd_activation* activation;        /* NULL: identity */
   int relu;                               /* the activation is ReLU: applied in registers, `activation` unused */
@@ -37,6 +39,7 @@ typedef struct {                          /* [0] float, [1] double */
   void (*forward[2])(const fd_batchnorm_block*);
   void (*inference[2])(const fd_batchnorm_block*);
   void (*backward[2])(const fd_batchnorm_block*);
+  void (*fold[2])(const fd_batchnorm_block*); /* rows are inputs of the dense layer, x its weights, y the folded ones */
 } fd_batchnorm_table;
 
 #ifdef __cplusplus

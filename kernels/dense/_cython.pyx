@@ -15,7 +15,7 @@ cdef extern from "dense/table.h" nogil:
         void* c
         void* z
         const void* bias
-        int64_t rows, cols, k, a_row, a_panel, b_row, c_row, z_row
+        int64_t rows, cols, k, panels, b_panel, c_panel, z_panel, a_row, a_panel, b_row, c_row, z_row
         int add, padded, relu
 
     ctypedef struct fd_dense_table:
@@ -24,6 +24,7 @@ cdef extern from "dense/table.h" nogil:
         void (**dots)(const fd_dense_block*) noexcept nogil
         void (**pack)(const void*, void*, int64_t, int64_t, int64_t, int64_t) noexcept nogil
         void (**column_sums)(const void*, void*, int64_t, int64_t, int64_t, int) noexcept nogil
+        const int* wide
 
     const fd_dense_table* fd_dense_at(int level)
 
@@ -47,6 +48,7 @@ cdef int64_t K_BYTES = 2048
 cdef int64_t PACK_A_PANELS = 24
 cdef int64_t PACK_B_ROWS = 128
 cdef int64_t PACK_B_STRIDE = 1024
+cdef int64_t WIDE_ROWS = 3       # rows up to which a tile may take several panels of B
 cdef int64_t THIN = 4            # rows or columns of an output up to which dot products are faster, if they apply
 cdef int64_t ACTIVATION_ROWS = 112  # rows of a panel that go through the activation while they are in L1
 
@@ -145,7 +147,7 @@ cdef void share(const Product* p, const fd_worker* w, bint by_panel, int64_t* ro
 
 cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, const fd_worker* w) noexcept nogil:
     cdef fd_dense_block block
-    cdef int64_t size = p.out.itemsize, mb, kb, r0, k0, depth, j, r, rows, part, cols
+    cdef int64_t size = p.out.itemsize, mb, kb, r0, k0, depth, j, q, r, rows, part, cols
     cdef int64_t row_share[2]
     cdef int64_t panel_share[2]
     cdef int t = size == 8
@@ -159,7 +161,7 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
         return
     blocks(p, &mb, &kb)
     cdef bint thin = by_dots(p)
-    cdef bint few = panel_share[1] - panel_share[0] < PACK_A_PANELS
+    cdef bint few = panel_share[1] - panel_share[0] < PACK_A_PANELS or p.m <= WIDE_ROWS
     cdef bint pack_a = p.a.col_stride != 1 or not (a_is_panels(p) or thin or few)
     b_scratch = w.scratch + (0 if a_is_panels(p) else mb * kb * size)
     cdef bint own_sums = p.sums != NULL and p.sums.data != NULL and (row_share[0] == 0)
@@ -182,17 +184,21 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
             else:
                 a_block = at(p.a, k0, r0) if p.ta else at(p.a, r0, k0)
                 block.a_row, block.a_panel = p.a.row_stride, p.a.panel_stride
-            for j in range(panel_share[0], panel_share[1]):
+            j = panel_share[0]
+            while j < panel_share[1]:
                 cols = fd_panel_cols(p.n, j)
+                block.panels = 1
                 if thin:
                     block.b = at(p.b, 32 * j, k0) if p.tb else at(p.b, k0, 32 * j)
                     block.b_row = p.b.row_stride if p.tb else p.b.col_stride
                 else:
                     panel_of_b(p, &block, b_scratch, k0, j, cols, rows)
+                    if not p.ta and rows <= WIDE_ROWS and block.b != b_scratch:
+                        block.panels = wide_of(rows, min(panel_share[1], p.n // 32) - j)
                 if own_sums and r0 == row_share[0]:
                     table.column_sums[t](block.b, fd_panel_data(p.sums, j), block.k, cols, block.b_row, k0 > 0)
                 to = p.z if by_table and p.z.data != NULL else p.out
-                block.cols, block.c_row = cols, to.row_stride
+                block.cols, block.c_row, block.c_panel = cols, to.row_stride, to.panel_stride
                 block.add = k0 > 0
                 with_z = last and not by_table and p.z != NULL and p.z.data != NULL
                 block.padded = to.panel_stride != 32 and (not with_z or p.z.panel_stride != 32)
@@ -207,7 +213,7 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
                     block.a = a_block + r * block.a_row * size
                     block.c = at(to, r0 + r, 32 * j)
                     if with_z:
-                        block.z, block.z_row = at(p.z, r0 + r, 32 * j), p.z.row_stride
+                        block.z, block.z_row, block.z_panel = at(p.z, r0 + r, 32 * j), p.z.row_stride, p.z.panel_stride
                     else:
                         block.z = NULL
                     if thin:
@@ -216,18 +222,29 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
                     product(&block)
                     block.k, block.add = depth, k0 > 0
                     if last and by_table:
-                        activations[0].entry[p.activation].forward[t](
-                            block.c, at(p.out, r0 + r, 32 * j), block.rows, cols, to.row_stride, p.out.row_stride,
-                            p.alpha, NULL)
+                        for q in range(j, j + block.panels):
+                            activations[0].entry[p.activation].forward[t](
+                                at(to, r0 + r, 32 * q), at(p.out, r0 + r, 32 * q), block.rows, cols, to.row_stride,
+                                p.out.row_stride, p.alpha, NULL)
                     r += part
                 if last and call.tail != NULL and r0 + rows >= row_share[1]:
-                    fd_run_tail(call, run, w, j)
+                    for q in range(j, j + block.panels):
+                        fd_run_tail(call, run, w, q)
+                j += block.panels
             k0 += kb
             if k0 >= p.k:
                 break
         r0 += mb
         if r0 >= row_share[1]:
             break
+
+
+cdef inline int64_t wide_of(int64_t rows, int64_t complete) noexcept nogil:
+    """Panels that a product of few rows takes at once, of so many complete ones that are left."""
+    cdef int64_t panels = table.wide[rows]
+    while panels > complete and panels > 1:
+        panels //= 2
+    return panels
 
 
 cdef inline bint in_place(int64_t stride, int64_t rows) noexcept nogil:
@@ -241,14 +258,14 @@ cdef inline void panel_of_b(const Product* p, fd_dense_block* block, char* scrat
     cdef const fd_array* b = p.b
     if p.tb:
         if b.row_stride == 1 and cols == 32 and in_place(b.col_stride * b.itemsize, rows):
-            block.b, block.b_row = at(b, 32 * j, k0), b.col_stride
+            block.b, block.b_row, block.b_panel = at(b, 32 * j, k0), b.col_stride, 32
             return
         pack_transposed(b, scratch, k0, block.k, 32 * j, cols)
     else:
         # The padding of a panel may be read; plain rows end where they end.
         if b.col_stride == 1 and (cols == 32 or b.panel_stride != 32) and in_place(
                 b.row_stride * b.itemsize, rows):
-            block.b, block.b_row = at(b, k0, 32 * j), b.row_stride
+            block.b, block.b_row, block.b_panel = at(b, k0, 32 * j), b.row_stride, b.panel_stride
             return
         pack_panels(b, scratch, k0, block.k, 32 * j, cols)
     block.b, block.b_row = scratch, 32

@@ -18,9 +18,17 @@ constexpr int TILE_ROWS = 14, TILE_ROWS_T = 11;  // 32 features of a panel of x^
 constexpr int TILE_ROWS = 6, TILE_ROWS_T = 6;
 #endif
 constexpr int PANEL = 32;
+// Few rows leave most of the registers free: such tiles take more panels of B at once, up to 24 accumulators of AVX-512
+// and 8 of the others. Plain rows of B are then read 1 KB at a time instead of 128 bytes.
+#if FD_LEVEL == FD_AVX512
+constexpr int WIDE[] = {1, 8, 4, 4};  // panels by rows
+#else
+constexpr int WIDE[] = {1, 4, 1, 1};
+#endif
 template <class T> constexpr int LINE = 64 / sizeof(T);
 template <class T> constexpr int A_LINES = sizeof(T) / 4;  // MR rows of 32 in at most 32 steps
 constexpr int AHEAD = 8, AHEAD_T = 24;  // rows of B and of x^T to prefetch; the latter comes from beyond L2
+constexpr int AHEAD_WIDE = 16, AHEAD_PLAIN = 4;  // rows of B that a wide tile prefetches, in panels and in plain rows
 
 // ---------------------------------------------------------------- micro-kernel
 // The epilogue of a tile that ends within a vector: what earlier K blocks left, bias, z, ReLU, y, in the same order.
@@ -42,33 +50,50 @@ __attribute__((noinline)) static void finish_part(const fd_dense_block& p, const
 }
 
 // TA: A comes as rows of k (x^T dy reads x down its rows). STRIDE: elements between rows of A, 0 = p.a_row. A known
-// stride (column panels) makes the MR addresses one base and constants.
-template <class T, int MR, int NV, bool TA, int STRIDE>
+// stride (column panels) makes the MR addresses one base and constants. NP: panels of B side by side, complete if more
+// than one; NV vectors of each.
+template <class T, int MR, int NV, int NP, bool TA, int STRIDE>
 __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, const T* b, int64_t row, int64_t col,
                                            int cols) {
-  constexpr int L = lanes<T>;
-  vec<T> c[MR][NV];
+  constexpr int L = lanes<T>, ALL = NV * NP;
+  vec<T> c[MR][ALL];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) c[i][v] = vec<T>{};
+#pragma GCC unroll 16
+    for (int v = 0; v < ALL; v++) c[i][v] = vec<T>{};
 
   const int64_t stride = STRIDE ? STRIDE : p.a_row, b_row = p.b_row;
+  const int64_t b_panel = NP > 1 ? p.b_panel : 0;
   auto step = [&](const T* ak, const T* bk, int64_t between) __attribute__((always_inline)) {
-    vec<T> bv[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) bv[v] = load(bk + L * v);
+    if constexpr (NP > 1) {  // few rows: all of A's values wait in registers while B passes
+      vec<T> av[MR];
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; i++) av[i] = splat(ak[i * between]);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-      const vec<T> av = splat(ak[i * between]);
+      for (int v = 0; v < ALL; v++) {
+        const vec<T> bv = load(bk + v / NV * b_panel + v % NV * L);
+#pragma GCC unroll 4
+        for (int i = 0; i < MR; i++) c[i][v] += av[i] * bv;
+      }
+    } else {
+      vec<T> bv[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) c[i][v] += av * bv[v];
+      for (int v = 0; v < NV; v++) bv[v] = load(bk + L * v);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++) {
+        const vec<T> av = splat(ak[i * between]);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) c[i][v] += av * bv[v];
+      }
     }
   };
   constexpr int ROWS = TA ? TILE_ROWS_T : TILE_ROWS;  // thin tiles pass over B faster
+  const int64_t ahead = b_row * (NP == 1 ? AHEAD * ROWS / MR : b_row == PANEL ? AHEAD_WIDE : AHEAD_PLAIN);
   auto prefetch_b = [&](const T* bk) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int q = 0; q < NP; q++)
 #pragma GCC unroll 2
-    for (int i = 0; i < NV * L; i += LINE<T>) __builtin_prefetch(bk + AHEAD * ROWS / MR * b_row + i);
+      for (int i = 0; i < NV * L; i += LINE<T>) __builtin_prefetch(bk + ahead + q * b_panel + i);
   };
   if constexpr (TA) {
     for (int64_t k = 0; k < p.k; k++, a += stride, b += b_row) {
@@ -89,27 +114,31 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
     }
   }
 
-  const bool part_only = cols < L * NV;
-  if (part_only && !p.padded) {  // the end of plain rows, by way of the stack
-    T part[MR * NV * L];
+  const bool part_only = NP == 1 && cols < L * NV;
+  if constexpr (NP == 1)
+    if (part_only && !p.padded) {  // the end of plain rows, by way of the stack
+      T part[MR * NV * L];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
+      for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) store(part + (i * NV + v) * L, c[i][v]);
-    finish_part(p, part, MR, NV * L, row, col, cols);
-    return;
-  }
+        for (int v = 0; v < NV; v++) store(part + (i * NV + v) * L, c[i][v]);
+      finish_part(p, part, MR, NV * L, row, col, cols);
+      return;
+    }
   T* const to = (T*)p.c + row * p.c_row + col;
+  const int64_t c_panel = NP > 1 ? p.c_panel : 0, z_panel = NP > 1 ? p.z_panel : 0;
 #define FD_EACH(statement)                                \
   _Pragma("GCC unroll 16") for (int i = 0; i < MR; i++)   \
-  _Pragma("GCC unroll 2") for (int v = 0; v < NV; v++) {  \
+  _Pragma("GCC unroll 16") for (int v = 0; v < ALL; v++) {\
     statement;                                            \
   }
-  if (p.add) FD_EACH(c[i][v] += load(to + i * p.c_row + L * v))
+  if (p.add) FD_EACH(c[i][v] += load(to + i * p.c_row + v / NV * c_panel + v % NV * L))
   if (p.bias) {
-    vec<T> bias[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) bias[v] = load_n((const T*)p.bias + col + L * v, cols - L * v);
+    vec<T> bias[ALL];
+    const T* const from = (const T*)p.bias + col;
+#pragma GCC unroll 16
+    for (int v = 0; v < ALL; v++)
+      bias[v] = NP > 1 ? load(from + v / NV * PANEL + v % NV * L) : load_n(from + L * v, cols - L * v);
     FD_EACH(c[i][v] += bias[v])
   }
   if (part_only) {  // the padding of a panel stays 0, whatever 0 * inf left there
@@ -119,10 +148,10 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
   }
   if (p.z) {
     T* const z = (T*)p.z + row * p.z_row + col;
-    FD_EACH(store(z + i * p.z_row + L * v, c[i][v]))
+    FD_EACH(store(z + i * p.z_row + v / NV * z_panel + v % NV * L, c[i][v]))
   }
   if (p.relu) FD_EACH(c[i][v] = max_(vec<T>{}, c[i][v]))
-  FD_EACH(store(to + i * p.c_row + L * v, c[i][v]))
+  FD_EACH(store(to + i * p.c_row + v / NV * c_panel + v % NV * L, c[i][v]))
 #undef FD_EACH
 }
 
@@ -132,7 +161,7 @@ static FD_INLINE void run_tile(int rows, const fd_dense_block& p, const T* a, co
   switch (rows) {
 #define FD_CASE(n)                                                                                      \
   case n:                                                                                               \
-    if constexpr (n <= (TA ? TILE_ROWS_T : TILE_ROWS)) tile<T, n, NV, TA, STRIDE>(p, a, b, row, col, cols); \
+    if constexpr (n <= (TA ? TILE_ROWS_T : TILE_ROWS)) tile<T, n, NV, 1, TA, STRIDE>(p, a, b, row, col, cols); \
     return;
     FD_CASE(1) FD_CASE(2) FD_CASE(3) FD_CASE(4) FD_CASE(5) FD_CASE(6) FD_CASE(7)
     FD_CASE(8) FD_CASE(9) FD_CASE(10) FD_CASE(11) FD_CASE(12) FD_CASE(13) FD_CASE(14)
@@ -167,8 +196,22 @@ static void panel_product(const fd_dense_block& p) {
     if (TA) a += p.a_panel;
   }
 }
+// NP complete panels side by side.
+template <class T, int MR, int NP> static void wide_product(const fd_dense_block& p) {
+  if constexpr (NP <= WIDE[MR])
+    for (int64_t col = 0; col < PANEL; col += 2 * lanes<T>)
+      tile<T, MR, 2, NP, false, 0>(p, (const T*)p.a, (const T*)p.b + col, 0, col, PANEL);
+}
+template <class T, int NP> static void wide_rows(const fd_dense_block& p) {
+  if (p.rows == 1) wide_product<T, 1, NP>(p);
+  else if (p.rows == 2) wide_product<T, 2, NP>(p);
+  else wide_product<T, 3, NP>(p);
+}
 template <class T> static void product(const fd_dense_block* p) {
-  if (p->a_row == PANEL) panel_product<T, false, PANEL>(*p);
+  if (p->panels == 8) wide_rows<T, 8>(*p);
+  else if (p->panels == 4) wide_rows<T, 4>(*p);
+  else if (p->panels == 2) wide_rows<T, 2>(*p);
+  else if (p->a_row == PANEL) panel_product<T, false, PANEL>(*p);
   else panel_product<T, false, 0>(*p);
 }
 template <class T> static void product_t(const fd_dense_block* p) { panel_product<T, true, 0>(*p); }
@@ -327,4 +370,5 @@ const fd_dense_table FD_SYMBOL(fd_dense) = {
     {FD_NS::dots<float>, FD_NS::dots<double>},
     {FD_NS::pack<float>, FD_NS::pack<double>},
     {FD_NS::column_sums<float>, FD_NS::column_sums<double>},
+    FD_NS::WIDE,
 };

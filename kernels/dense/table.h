@@ -1,6 +1,7 @@
 /* What the levels of native.cpp offer to _cython.pyx: block functions, [0] float and [1] double.
  *
- * A block is one output panel (at most 32 columns) times some rows times one K block. Strides are in elements.
+ * A block is one output panel (at most 32 columns; a few complete ones for few rows) times some rows times one K block.
+ * Strides are in elements.
  */
 #ifndef FASTDL_DENSE_TABLE_H
 #define FASTDL_DENSE_TABLE_H
@@ -15,6 +16,8 @@ typedef struct {
   void* z;          /* where the value before the activation goes too, or NULL */
   const void* bias; /* cols values, or NULL */
   int64_t rows, cols, k;
+  int64_t panels;                    /* product: 1, or complete ones, a power of two up to wide[rows] */
+  int64_t b_panel, c_panel, z_panel; /* between panels of B, C and z, if there are more than one */
   int64_t a_row, a_panel, b_row, c_row, z_row;
   int add;     /* add to what C holds (the K blocks before this one) */
   int padded;  /* C and z are column panels: whole vectors may be written, with zeros beyond cols */
@@ -30,6 +33,7 @@ typedef struct {
   void (*pack[2])(const void* from, void* to, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride);
   /* out[c] (+)= sum over rows of from[r * row_stride + c] */
   void (*column_sums[2])(const void* from, void* out, int64_t rows, int64_t cols, int64_t row_stride, int add);
+  const int* wide; /* panels that a product of 0 to 3 rows takes at once */
 } fd_dense_table;
 #ifdef __cplusplus
 extern "C" {
