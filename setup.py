@@ -97,7 +97,13 @@ def extensions() -> list[Extension]:
             f"fastdl.kernels.{name}._cython",
             [f"kernels/{name}/_cython.pyx"],
             include_dirs=["kernels/common", "kernels"],
-            depends=[*sources(f"{name}/native.cpp"), *sources("*/*.h"), *sources("*/*.hpp"), *sources("*/*.pxi")],
+            depends=[
+                *sources(f"{name}/native.cpp"),
+                *sources(f"{name}/bfloat16.cpp"),
+                *sources("*/*.h"),
+                *sources("*/*.hpp"),
+                *sources("*/*.pxi"),
+            ],
         )
         for name in names
     ]
@@ -139,8 +145,17 @@ class BuildLevels(build_ext):
         ]
 
     def compile_level(self, ext: Extension, name: str, number: int, flags: list[str]) -> list[str]:
+        native = [path for path in ext.depends if path.endswith("native.cpp")]
+        objects = self.compile(ext, name, number, flags, native)
+        if name == "avx512":  # what only some CPUs of this level have is a file of its own
+            half = [path.replace("native.cpp", "bfloat16.cpp") for path in native]
+            half = [path for path in half if (ROOT / path).exists()]
+            objects += self.compile(ext, name, number, [*flags, "-mavx512bf16"], half)
+        return objects
+
+    def compile(self, ext: Extension, name: str, number: int, flags: list[str], files: list[str]) -> list[str]:
         return self.compiler.compile(
-            [path for path in ext.depends if path.endswith("native.cpp")],
+            files,
             output_dir=os.path.join(self.build_temp, name),
             macros=[("FD_LEVEL", str(number))],
             include_dirs=ext.include_dirs,

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastdl.executor import Executor, Memory, bind
 from fastdl.fuse import fuse
+from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
 from fastdl.losses import Loss
 from fastdl.optimizers import Optimizer
@@ -62,11 +63,13 @@ class Builder:
     width : int
         Features of the input.
     seed : int
-    dtype : dtype
+    dtype : {"float32", "float64", "mixed_bfloat16"}
     """
 
-    def __init__(self, layers: list[tuple[str, Layer]], width: int, seed: int, dtype: Any) -> None:
-        self.layers, self.width, self.seed, self.dtype = layers, width, seed, np.dtype(dtype)
+    def __init__(self, layers: list[tuple[str, Layer]], width: int, seed: int, dtype: str) -> None:
+        self.layers, self.width, self.seed = layers, width, seed
+        self.mixed = dtype == dispatch.MIXED
+        self.dtype = np.dtype(np.float32 if self.mixed else dtype)
         self.segments: dict[str, Segment] = {}
         self.states: dict[str, Segment] = {}
         trace = Trace(True, seed, self.segments, self.states)
@@ -89,7 +92,8 @@ class Builder:
         """Arenas for this model: parameters and states, zero gradients, zero optimiser states."""
         parameters = Arena(list(self.segments.values()), self.dtype, panel_layout)
         states = Arena(list(self.states.values()), self.dtype, panel_layout)
-        memory = Memory(parameters, aligned(parameters.size, self.dtype), states, self.dtype, panel_layout, {})
+        gradients = aligned(parameters.size, self.dtype)
+        memory = Memory(parameters, gradients, states, self.dtype, panel_layout, {}, mixed=self.mixed)
         moments = {name: aligned(parameters.size, self.dtype) for name in (optimizer.states if optimizer else ())}
         return memory, moments
 

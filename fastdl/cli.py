@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=int, default=30)
     train.add_argument("--batch-size", type=int, default=64)
     train.add_argument("--seed", type=int, default=0, help="of weights, dropout and order; not of the held-out rows")
-    train.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    train.add_argument("--dtype", choices=("float32", "float64", "mixed_bfloat16"), default="float32")
     train.add_argument("--save", metavar="MODEL", help="write the trained net to this file")
     train.add_argument("--no-baseline", action="store_true", help="do not time the same net on the numpy back end")
     train.add_argument("--quiet", action="store_true", help="result lines only")
@@ -178,7 +178,13 @@ def _file(options: argparse.Namespace) -> Problem:
     if not len(held):
         raise DataError(f"{options.data}: too few rows of each class to hold any out")
     fitted = found.fit(table, train)
-    return Problem(fitted, fitted.features(table, options.dtype), fitted.targets(table, options.dtype), train, held)
+    dtype = _arrays(options.dtype)
+    return Problem(fitted, fitted.features(table, dtype), fitted.targets(table, dtype), train, held)
+
+
+def _arrays(dtype: str) -> str:
+    """Type of the data for a type of the model."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def _net(options: argparse.Namespace, problem: Problem, backend: str, threads: int | str) -> fd.Sequential:
@@ -193,7 +199,7 @@ def _net(options: argparse.Namespace, problem: Problem, backend: str, threads: i
         optimizer=optimizers.from_config({"name": options.optimizer, "lr": options.lr}),
         backend=backend,
         threads=threads,
-        dtype=options.dtype,
+        dtype=options.dtype if backend != "numpy" else _arrays(options.dtype),
     )
     return net.build(problem.X.shape[1])
 

@@ -51,6 +51,8 @@ class Memory:
     panel_layout: bool
     flats: dict[Buffer, np.ndarray]  # stretches of the arenas that the optimiser sweeps over
     folded: dict[str, np.ndarray | Panels] = field(default_factory=dict)  # tensors made from parameters and states
+    #: Products round their operands to bfloat16.
+    mixed: bool = False
     #: One integer, raised with every change of parameters or states: what is folded is made anew then.
     version: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
@@ -290,7 +292,7 @@ class NativeExecutor(Executor):
                 if b is not None and b.kind == "slot":
                     self._places.setdefault(b, []).append((k, position))
             ints, floats = how.scalars(call.params)
-            capsule = how.capsule(impl, arrays, self.memory.dtype)
+            capsule = how.capsule(impl, arrays, self.memory.dtype, self.memory.mixed)
             calls.append((capsule, arrays, ints, floats, call.tail, barriers[k]))
         stats = None if self.stats is None else self.stored(self.stats)
         changes = self.program.changes_parameters

@@ -23,7 +23,7 @@ from fastdl.program import Program
 from fastdl.runtime import PREDICT_ROWS, Runtime, Settings
 from fastdl.trainer import evaluate_batches, train
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", dispatch.MIXED)
 
 
 class Sequential:
@@ -82,7 +82,9 @@ class Sequential:
         optimizer : {"sgd", "adam", "adamw"} or Optimizer
         backend : {"auto", "numpy", "numba", "cython"}
         threads : "auto" or int
-        dtype : {"float32", "float64"}
+        dtype : {"float32", "float64", "mixed_bfloat16"}
+            The last one keeps float32 parameters, arrays and sums, and rounds the operands of dense products to
+            bfloat16; compiled back end, CPUs with AVX512-BF16.
         fuse : bool
             False runs the calls as the layers name them.
 
@@ -99,6 +101,8 @@ class Sequential:
         if threads != "auto":
             config.check_threads(threads)
         config.check_backend(backend)
+        if dtype == dispatch.MIXED and (why := dispatch.refuses_mixed("cython" if backend == "auto" else backend)):
+            raise BackendUnavailable(f"dtype {dtype!r} cannot run here: {why}; use 'float32'")
         if backend != "auto" and (state := dispatch.load(backend)) != "available":
             raise BackendUnavailable(f"back end {backend!r} is not available: {state}")
         settings = Settings(
@@ -149,7 +153,7 @@ class Sequential:
 
     def _inputs(self, X: Any, y: Any, sample_weight: Any, name: str = "") -> tuple[np.ndarray, np.ndarray, Any]:
         """X, targets and weights as the kernels take them, checked against each other and the model."""
-        dtype = self._settings.dtype
+        dtype = self._settings.float
         X = as_matrix(X, dtype, f"{name}X")
         width = self._ready(X.shape[1]).builder.out_width
         targets = self._loss().check_targets(y, width, dtype)
@@ -241,7 +245,7 @@ class Sequential:
         if not training:
             return self.predict(X)
         with self._lock:
-            X = as_matrix(X, self._settings.dtype, "X")
+            X = as_matrix(X, self._settings.float, "X")
             runtime, rows = self._ready(X.shape[1]), X.shape[0]
             bound = runtime.loop(rows)
             executor = bound.executor
@@ -268,7 +272,7 @@ class Sequential:
         """
         with self._lock:
             bound, rows = self._last_pass()
-            dy = as_matrix(dy, self._settings.dtype, "dy")
+            dy = as_matrix(dy, self._settings.float, "dy")
             shape = rows, self._runtime.builder.out_width
             if dy.shape != shape:
                 raise ValueError(f"dy: expected shape {shape}, found {dy.shape}")
@@ -295,7 +299,7 @@ class Sequential:
         with self._lock:
             if self._runtime is not None and (out := self._runtime.predict_direct(X)) is not None:
                 return out
-            X = as_matrix(X, self._settings.dtype, "X")
+            X = as_matrix(X, self._settings.float, "X")
             return self._ready(X.shape[1]).predict(X)
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:

@@ -41,6 +41,11 @@ class Settings:
     loss: Loss | None = None
     optimizer: Optimizer | None = None
 
+    @property
+    def float(self) -> str:
+        """Type of the arrays outside and of parameters: mixed Programs keep float32."""
+        return "float32" if self.dtype == dispatch.MIXED else self.dtype
+
 
 class Runtime:
     """Memory and bound Programs of one model.
@@ -72,6 +77,8 @@ class Runtime:
         if name != "auto":
             if (state := dispatch.load(name)) != "available":
                 raise BackendUnavailable(f"back end {name!r} is not available: {state}")
+            if self.settings.dtype == dispatch.MIXED and (why := dispatch.refuses_mixed(name)):
+                raise BackendUnavailable(f"back end {name!r} cannot run {dispatch.MIXED}: {why}")
             return name
         for name in BACKENDS:
             if not self.refusals(name):
@@ -83,6 +90,8 @@ class Runtime:
         state = dispatch.load(name)
         if state != "available":
             return [state]
+        if self.settings.dtype == dispatch.MIXED and (why := dispatch.refuses_mixed(name)):
+            return [why]
         builder, s = self.builder, self.settings
         memory, moments = builder.memory(False, s.optimizer)
         calls = list(builder.predict(1, memory)[0].calls)

@@ -123,6 +123,22 @@ def explain(op: str, arrays: Sequence[Any], backend: str) -> str:
     return f"{op}\n" + "\n".join("  " + line for line in lines)
 
 
+#: Float32 with products of bfloat16: a float type of Programs, not of arrays.
+MIXED = "mixed_bfloat16"
+
+
+def refuses_mixed(backend: str) -> str | None:
+    """Why a back end cannot run Programs of `MIXED`, or None."""
+    state = load(backend)
+    if state != "available":
+        return state
+    if backend != "cython":
+        return "computes in float32 and float64 only"
+    from fastdl.kernels.dense import _cython
+
+    return _cython.no_bfloat16()
+
+
 class Marshaller:
     """Turns the calling convention of the registry into the flat arguments of a compiled kernel, for one op."""
 
@@ -145,7 +161,10 @@ class Marshaller:
                 return arrays[k].shape[axis]
         return 1
 
-    def capsule(self, impl: Impl, arrays: Sequence[Any], dtype: Any = None) -> Any:
+    def capsule(self, impl: Impl, arrays: Sequence[Any], dtype: Any = None, mixed: bool = False) -> Any:
+        """The kernel for a float type; with ``mixed`` the one that rounds operands to bfloat16, where an op has it."""
+        if mixed and MIXED in impl.native:
+            return impl.native[MIXED]
         if dtype is None:
             dtype = np.float32 if self.typed is None else arrays[self.typed].dtype
         name = np.dtype(dtype).name
@@ -194,7 +213,7 @@ def caller(impl: Impl) -> Caller:
     how = marshaller(impl.op)
     invoke, scalars, native, typed, rows = engine.invoke, how.scalars, impl.native, how.typed, how.rows
     runtime = [name for name in registry.RUNTIME if name in how.spec.runtime]
-    by_dtype = {np.dtype(name): capsule for name, capsule in native.items()}
+    by_dtype = {np.dtype(name): capsule for name, capsule in native.items() if name != MIXED}
     default = next(iter(native.values()))
 
     def call(arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:

@@ -67,6 +67,7 @@ struct fd_call {
   int64_t i[FD_MAX_SCALARS];  /* integer parameters, in the order of OpSpec.params */
   double f[FD_MAX_SCALARS];   /* floating parameters, in the order of OpSpec.params */
   int barrier;                /* the team meets after this call */
+  int64_t behind;             /* a tail's scratch begins so many bytes behind its head's, whose packed blocks must stay */
 };
 
 /* Thread t of n takes a contiguous share [a, b) of `count` blocks; shares never change a sum. */
@@ -89,6 +90,10 @@ static inline int fd_is_plain(const fd_array* a) {
 }
 /* Run the tail chain of `call` on a finished panel. */
 static inline void fd_run_tail(const fd_call* call, const fd_run* run, const fd_worker* w, int64_t panel) {
-  for (const fd_call* t = call->tail; t; t = t->tail) t->info->panel(t, run, w, panel);
+  for (const fd_call* t = call->tail; t; t = t->tail) {
+    fd_worker own = *w;
+    own.scratch += t->behind;
+    t->info->panel(t, run, &own, panel);
+  }
 }
 #endif

@@ -44,6 +44,7 @@ cdef extern from "abi.h" nogil:
         int64_t* i
         double* f
         int barrier
+        int64_t behind
 
     void fd_share(int64_t count, int thread, int threads, int64_t* a, int64_t* b)
     int64_t fd_panels(int64_t cols)

@@ -9,6 +9,8 @@ block, K blocks are added in order, and their size depends on the shape alone.
 include "../common/abi.pxi"
 
 cdef extern from "dense/table.h" nogil:
+    int FD_AVX512
+
     ctypedef struct fd_dense_block:
         const void* a
         const void* b
@@ -26,7 +28,15 @@ cdef extern from "dense/table.h" nogil:
         void (**column_sums)(const void*, void*, int64_t, int64_t, int64_t, int) noexcept nogil
         const int* wide
 
+    ctypedef struct fd_dense_pairs:
+        void (*product)(const fd_dense_block*) noexcept nogil
+        void (*product_t)(const fd_dense_block*) noexcept nogil
+        void (*rows)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
+        void (*pairs)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
+        void (*transposed)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
+
     const fd_dense_table* fd_dense_at(int level)
+    const fd_dense_pairs* fd_dense_bfloat16()
 
 cdef extern from "activations/table.h" nogil:
     ctypedef struct fd_activation:
@@ -53,6 +63,8 @@ cdef int64_t THIN = 4            # rows or columns of an output up to which dot 
 cdef int64_t ACTIVATION_ROWS = 112  # rows of a panel that go through the activation while they are in L1
 
 cdef const fd_dense_table* table = fd_dense_at(0)
+cdef const fd_dense_pairs* half = fd_dense_bfloat16()  # NULL where the CPU has no AVX512-BF16
+cdef int running_level = 0
 cdef const fd_activation_table* const* activations = NULL
 cdef int64_t IDENTITY = -1
 cdef int64_t RELU = -2
@@ -69,6 +81,7 @@ cdef struct Product:
     const fd_array* sums  # column sums of b, for db
     int64_t activation
     double alpha
+    bint half             # operands rounded to bfloat16, two of them in a word
 
 
 cdef inline char* at(const fd_array* a, int64_t row, int64_t col) noexcept nogil:
@@ -82,14 +95,14 @@ cdef inline int64_t up32(int64_t n) noexcept nogil:
 
 cdef inline bint by_dots(const Product* p) noexcept nogil:
     """A thin output of operands that lie contiguous along k: no packing, lanes are k."""
-    if p.ta or (p.m > THIN and p.n > THIN) or p.a.col_stride != 1 or p.a.panel_stride != 32:
+    if p.half or p.ta or (p.m > THIN and p.n > THIN) or p.a.col_stride != 1 or p.a.panel_stride != 32:
         return False
     return (p.b.col_stride == 1 and p.b.panel_stride == 32) if p.tb else p.b.row_stride == 1
 
 
 cdef inline void blocks(const Product* p, int64_t* mb, int64_t* kb) noexcept nogil:
     """Rows and depth of a block of A, from the shape alone; blocks of nearly equal size."""
-    cdef int64_t size = p.out.itemsize
+    cdef int64_t size = 2 if p.half else p.out.itemsize
     cdef int64_t count = max(1, (p.k * size + K_BYTES // 2) // K_BYTES)
     kb[0] = max(32, up32((p.k + count - 1) // count))
     cdef int64_t most = max(32, A_BYTES // (kb[0] * size) // 32 * 32)
@@ -100,7 +113,7 @@ cdef inline void blocks(const Product* p, int64_t* mb, int64_t* kb) noexcept nog
 
 
 cdef inline bint a_is_panels(const Product* p) noexcept nogil:
-    return p.a.col_stride == 1 and p.a.row_stride == 32
+    return not p.half and p.a.col_stride == 1 and p.a.row_stride == 32
 
 
 cdef int64_t scratch_of(const Product* p) noexcept nogil:
@@ -130,6 +143,30 @@ cdef void pack_transposed(const fd_array* b, void* to, int64_t k, int64_t depth,
                       b.row_stride)
 
 
+cdef void pack_half_a(const Product* p, void* to, int64_t row, int64_t rows, int64_t k, int64_t depth) noexcept nogil:
+    """A block of A as words of two bfloat16: panels [k / 32][rows][16], or [row / 32][depth / 2][32] of x^T."""
+    cdef int64_t c, pairs = (depth + 1) // 2
+    if p.ta:
+        for c in range(0, rows, 32):
+            half.pairs(<const float*>at(p.a, k, row + c), <uint32_t*>to + c * pairs, depth, min(32, rows - c),
+                       p.a.row_stride)
+    else:
+        for c in range(0, depth, 32):
+            half.rows(<const float*>at(p.a, row, k + c), <uint32_t*>to + c // 2 * rows, rows, min(32, depth - c),
+                      p.a.row_stride)
+
+
+cdef void pack_half_b(const Product* p, void* to, int64_t k, int64_t depth, int64_t j, int64_t cols) noexcept nogil:
+    """Rows k.. of panel j of B as words of two bfloat16, [depth / 2][32]."""
+    cdef int64_t c
+    if p.tb:
+        for c in range(0, depth, 32):
+            half.transposed(<const float*>at(p.b, 32 * j, k + c), <uint32_t*>to + c // 2 * 32, min(32, depth - c), cols,
+                            p.b.row_stride)
+    else:
+        half.pairs(<const float*>at(p.b, k, 32 * j), <uint32_t*>to, depth, cols, p.b.row_stride)
+
+
 cdef void share(const Product* p, const fd_worker* w, bint by_panel, int64_t* rows, int64_t* panels) noexcept nogil:
     """This thread's [rows[0], rows[1]) and [panels[0], panels[1])."""
     cdef int64_t n = fd_panels(p.n), unit = 32 if p.ta else 16, m = (p.m + unit - 1) // unit, threads = w.threads
@@ -147,12 +184,14 @@ cdef void share(const Product* p, const fd_worker* w, bint by_panel, int64_t* ro
 
 cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, const fd_worker* w) noexcept nogil:
     cdef fd_dense_block block
-    cdef int64_t size = p.out.itemsize, mb, kb, r0, k0, depth, j, q, r, rows, part, cols
+    cdef int64_t size = p.out.itemsize, mb, kb, r0, k0, depth, items, j, q, r, rows, part, cols
     cdef int64_t row_share[2]
     cdef int64_t panel_share[2]
     cdef int t = size == 8
     cdef bint last, with_z, by_table = p.activation != IDENTITY and p.activation != RELU
     cdef block_product product = table.product_t[t] if p.ta else table.product[t]
+    if p.half:
+        product = half.product_t if p.ta else half.product
     cdef const fd_array* to
     cdef const char* a_block
     cdef char* b_scratch
@@ -171,10 +210,15 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
         k0 = 0
         while True:
             depth = min(kb, p.k - k0)
-            block.k = depth
+            items = (depth + 1) // 2 if p.half else depth  # what a step of the product takes
+            block.k = items
             last = k0 + kb >= p.k
             # A: a pointer to its panels, in place or packed
-            if pack_a:
+            if p.half:
+                pack_half_a(p, w.scratch, r0, rows, k0, depth)
+                a_block = w.scratch
+                block.a_row, block.a_panel = (32, 32 * items) if p.ta else (16, 16 * rows)
+            elif pack_a:
                 if p.ta:
                     pack_panels(p.a, w.scratch, k0, block.k, r0, rows)
                 else:
@@ -196,7 +240,11 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
                     if not p.ta and rows <= WIDE_ROWS and block.b != b_scratch:
                         block.panels = wide_of(rows, min(panel_share[1], p.n // 32) - j)
                 if own_sums and r0 == row_share[0]:
-                    table.column_sums[t](block.b, fd_panel_data(p.sums, j), block.k, cols, block.b_row, k0 > 0)
+                    if p.half:  # of the values as they were
+                        table.column_sums[t](at(p.b, k0, 32 * j), fd_panel_data(p.sums, j), depth, cols, p.b.row_stride,
+                                             k0 > 0)
+                    else:
+                        table.column_sums[t](block.b, fd_panel_data(p.sums, j), depth, cols, block.b_row, k0 > 0)
                 to = p.z if by_table and p.z.data != NULL else p.out
                 block.cols, block.c_row, block.c_panel = cols, to.row_stride, to.panel_stride
                 block.add = k0 > 0
@@ -220,7 +268,7 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
                         table.dots[t](&block)
                         block.k, block.add = 0, True  # what is left of the product: the epilogue
                     product(&block)
-                    block.k, block.add = depth, k0 > 0
+                    block.k, block.add = items, k0 > 0
                     if last and by_table:
                         for q in range(j, j + block.panels):
                             activations[0].entry[p.activation].forward[t](
@@ -256,7 +304,9 @@ cdef inline void panel_of_b(const Product* p, fd_dense_block* block, char* scrat
                             int64_t rows) noexcept nogil:
     """Rows k0.. of panel j of B, in place where the micro-kernel can read whole vectors."""
     cdef const fd_array* b = p.b
-    if p.tb:
+    if p.half:
+        pack_half_b(p, scratch, k0, min(2 * block.k, p.k - k0), j, cols)
+    elif p.tb:
         if b.row_stride == 1 and cols == 32 and in_place(b.col_stride * b.itemsize, rows):
             block.b, block.b_row, block.b_panel = at(b, 32 * j, k0), b.col_stride, 32
             return
@@ -272,8 +322,9 @@ cdef inline void panel_of_b(const Product* p, fd_dense_block* block, char* scrat
 
 
 # ---------------------------------------------------------------------------------------------- the three ops
-cdef Product forward_of(const fd_call* c, int64_t rows) noexcept nogil:
+cdef Product forward_of(const fd_call* c, int64_t rows, bint in_half) noexcept nogil:
     cdef Product p
+    p.half = in_half
     p.a, p.b, p.bias, p.out, p.z, p.sums = &c.a[0], &c.a[1], &c.a[2], &c.a[3], &c.a[4], NULL
     p.ta, p.tb = False, False
     p.m, p.k, p.n = rows, c.a[1].rows, c.a[1].cols
@@ -281,8 +332,9 @@ cdef Product forward_of(const fd_call* c, int64_t rows) noexcept nogil:
     return p
 
 
-cdef Product backward_input_of(const fd_call* c, int64_t rows) noexcept nogil:
+cdef Product backward_input_of(const fd_call* c, int64_t rows, bint in_half) noexcept nogil:
     cdef Product p
+    p.half = in_half
     p.a, p.b, p.bias, p.out, p.z, p.sums = &c.a[0], &c.a[1], NULL, &c.a[2], NULL, NULL
     p.ta, p.tb = False, True
     p.m, p.k, p.n = rows, c.a[1].cols, c.a[1].rows
@@ -290,8 +342,9 @@ cdef Product backward_input_of(const fd_call* c, int64_t rows) noexcept nogil:
     return p
 
 
-cdef Product backward_weights_of(const fd_call* c, int64_t rows) noexcept nogil:
+cdef Product backward_weights_of(const fd_call* c, int64_t rows, bint in_half) noexcept nogil:
     cdef Product p
+    p.half = in_half
     p.a, p.b, p.bias, p.out, p.z, p.sums = &c.a[0], &c.a[1], NULL, &c.a[2], NULL, &c.a[3]
     p.ta, p.tb = True, False
     p.m, p.k, p.n = c.a[2].rows, rows, c.a[2].cols
@@ -299,33 +352,38 @@ cdef Product backward_weights_of(const fd_call* c, int64_t rows) noexcept nogil:
     return p
 
 
+cdef inline int is_half(const fd_call* c) noexcept nogil:
+    """The mixed kernels are the float32 ones with a flag in their info."""
+    return c.info.data != NULL
+
+
 cdef void forward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    cdef Product p = forward_of(c, run.rows)
+    cdef Product p = forward_of(c, run.rows, is_half(c))
     multiply(&p, c, run, w)
 
 
 cdef void backward_input(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    cdef Product p = backward_input_of(c, run.rows)
+    cdef Product p = backward_input_of(c, run.rows, is_half(c))
     multiply(&p, c, run, w)
 
 
 cdef void backward_weights(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    cdef Product p = backward_weights_of(c, run.rows)
+    cdef Product p = backward_weights_of(c, run.rows, is_half(c))
     multiply(&p, c, run, w)
 
 
 cdef int64_t forward_scratch(const fd_call* c, int64_t rows) noexcept nogil:
-    cdef Product p = forward_of(c, rows)
+    cdef Product p = forward_of(c, rows, is_half(c))
     return scratch_of(&p)
 
 
 cdef int64_t backward_input_scratch(const fd_call* c, int64_t rows) noexcept nogil:
-    cdef Product p = backward_input_of(c, rows)
+    cdef Product p = backward_input_of(c, rows, is_half(c))
     return scratch_of(&p)
 
 
 cdef int64_t backward_weights_scratch(const fd_call* c, int64_t rows) noexcept nogil:
-    cdef Product p = backward_weights_of(c, rows)
+    cdef Product p = backward_weights_of(c, rows, is_half(c))
     return scratch_of(&p)
 
 
@@ -333,27 +391,40 @@ cdef fd_kernel_info _forward, _backward_input, _backward_weights
 _forward.run, _forward.scratch = forward, forward_scratch
 _backward_input.run, _backward_input.scratch = backward_input, backward_input_scratch
 _backward_weights.run, _backward_weights.scratch = backward_weights, backward_weights_scratch
+cdef fd_kernel_info _half_forward = _forward, _half_backward_input = _backward_input
+cdef fd_kernel_info _half_backward_weights = _backward_weights
+_half_forward.data = _half_backward_input.data = _half_backward_weights.data = half
 
 
-cdef dict _pair(fd_kernel_info* info):
-    return dict.fromkeys(("float32", "float64"), PyCapsule_New(info, FD_KERNEL_CAPSULE, NULL))
+cdef dict _kinds(fd_kernel_info* info, fd_kernel_info* mixed):
+    found = dict.fromkeys(("float32", "float64"), PyCapsule_New(info, FD_KERNEL_CAPSULE, NULL))
+    if half != NULL:
+        found["mixed_bfloat16"] = PyCapsule_New(mixed, FD_KERNEL_CAPSULE, NULL)
+    return found
+
+
+def no_bfloat16():
+    """Why products of bfloat16 cannot run now, or None."""
+    if half == NULL:
+        return "this CPU has neither AVX512-BF16 nor AMX"
+    return None if running_level == FD_AVX512 else "products of bfloat16 need the avx512 level"
 
 
 def kernels() -> dict:
     """The kernels of this family: {op: {dtype: capsule}}."""
     return {
-        "dense_forward": _pair(&_forward),
-        "dense_backward_input": _pair(&_backward_input),
-        "dense_backward_weights": _pair(&_backward_weights),
+        "dense_forward": _kinds(&_forward, &_half_forward),
+        "dense_backward_input": _kinds(&_backward_input, &_half_backward_input),
+        "dense_backward_weights": _kinds(&_backward_weights, &_half_backward_weights),
     }
 
 
 def select(int level) -> None:
     """Use the block functions of a SIMD level, and the activations' table for epilogues."""
-    global table, activations, RELU
+    global table, activations, RELU, running_level
     from fastdl.kernels.activations import _cython as act
 
-    table = fd_dense_at(level)
+    table, running_level = fd_dense_at(level), level
     activations = <const fd_activation_table* const*>PyCapsule_GetPointer(act.table(), "fastdl.activations")
     RELU = act.index("relu")
 

@@ -18,6 +18,19 @@ constexpr int TILE_ROWS = 14, TILE_ROWS_T = 11;  // 32 features of a panel of x^
 constexpr int TILE_ROWS = 6, TILE_ROWS_T = 6;
 #endif
 constexpr int PANEL = 32;
+// One step of the product. bfloat16.cpp compiles this file with operands that are pairs of bfloat16 along k in the place of
+// one float: a step is two products then, summed in float32 by the instruction, and a panel row of A is 16 pairs.
+#ifdef FD_PAIRS
+constexpr int DEPTH = PANEL / 2;
+FD_INLINE vec<float> broadcast(float pair) { return (vec<float>)_mm512_set1_ps(pair); }
+FD_INLINE vec<float> multiply_add(vec<float> c, vec<float> a, vec<float> b) {
+  return (vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr int DEPTH = PANEL;
+template <class T> FD_INLINE vec<T> broadcast(T a) { return splat(a); }
+template <class V> FD_INLINE V multiply_add(V c, V a, V b) { return c + a * b; }
+#endif
 // Few rows leave most of the registers free: such tiles take more panels of B at once, up to 24 accumulators of AVX-512
 // and 8 of the others. Plain rows of B are then read 1 KB at a time instead of 128 bytes.
 #if FD_LEVEL == FD_AVX512
@@ -68,12 +81,12 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
     if constexpr (NP > 1) {  // few rows: all of A's values wait in registers while B passes
       vec<T> av[MR];
 #pragma GCC unroll 4
-      for (int i = 0; i < MR; i++) av[i] = splat(ak[i * between]);
+      for (int i = 0; i < MR; i++) av[i] = broadcast(ak[i * between]);
 #pragma GCC unroll 16
       for (int v = 0; v < ALL; v++) {
         const vec<T> bv = load(bk + v / NV * b_panel + v % NV * L);
 #pragma GCC unroll 4
-        for (int i = 0; i < MR; i++) c[i][v] += av[i] * bv;
+        for (int i = 0; i < MR; i++) c[i][v] = multiply_add(c[i][v], av[i], bv);
       }
     } else {
       vec<T> bv[NV];
@@ -81,9 +94,9 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
       for (int v = 0; v < NV; v++) bv[v] = load(bk + L * v);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; i++) {
-        const vec<T> av = splat(ak[i * between]);
+        const vec<T> av = broadcast(ak[i * between]);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) c[i][v] += av * bv[v];
+        for (int v = 0; v < NV; v++) c[i][v] = multiply_add(c[i][v], av, bv[v]);
       }
     }
   };
@@ -102,10 +115,10 @@ __attribute__((noinline)) static void tile(const fd_dense_block& p, const T* a, 
       step(a, b, 1);
     }
   } else {
-    for (int64_t k0 = 0; k0 < p.k; k0 += PANEL, a += p.a_panel) {
-      const int64_t n = p.k - k0 < PANEL ? p.k - k0 : PANEL;
+    for (int64_t k0 = 0; k0 < p.k; k0 += DEPTH, a += p.a_panel) {
+      const int64_t n = p.k - k0 < DEPTH ? p.k - k0 : DEPTH;
       for (int64_t k = 0; k < n; k++, b += b_row) {
-        if constexpr (STRIDE == PANEL)  // the rows of the next panel of A: 1 to 4 lines a step
+        if constexpr (STRIDE == DEPTH)  // the rows of the next panel of A: 1 to 4 lines a step
 #pragma GCC unroll 4
           for (int i = 0; i < A_LINES<T>; i++) __builtin_prefetch(a + p.a_panel + (k * A_LINES<T> + i) * LINE<T>);
         prefetch_b(b);
@@ -211,7 +224,7 @@ template <class T> static void product(const fd_dense_block* p) {
   if (p->panels == 8) wide_rows<T, 8>(*p);
   else if (p->panels == 4) wide_rows<T, 4>(*p);
   else if (p->panels == 2) wide_rows<T, 2>(*p);
-  else if (p->a_row == PANEL) panel_product<T, false, PANEL>(*p);
+  else if (p->a_row == DEPTH) panel_product<T, false, DEPTH>(*p);
   else panel_product<T, false, 0>(*p);
 }
 template <class T> static void product_t(const fd_dense_block* p) { panel_product<T, true, 0>(*p); }
@@ -364,6 +377,7 @@ static void column_sums(const void* from_, void* out_, int64_t rows, int64_t col
 
 }  // namespace FD_NS
 
+#ifndef FD_PAIRS
 const fd_dense_table FD_SYMBOL(fd_dense) = {
     {FD_NS::product<float>, FD_NS::product<double>},
     {FD_NS::product_t<float>, FD_NS::product_t<double>},
@@ -372,3 +386,4 @@ const fd_dense_table FD_SYMBOL(fd_dense) = {
     {FD_NS::column_sums<float>, FD_NS::column_sums<double>},
     FD_NS::WIDE,
 };
+#endif

@@ -35,10 +35,29 @@ typedef struct {
   void (*column_sums[2])(const void* from, void* out, int64_t rows, int64_t cols, int64_t row_stride, int add);
   const int* wide; /* panels that a product of 0 to 3 rows takes at once */
 } fd_dense_table;
+/* The same products of pairs of bfloat16 (bfloat16.cpp): a and b of a block are 32-bit words of two values along k, k and
+ * strides count words, a panel row of A is 16 of them. The packers round rows of float32 with adjacent columns. */
+typedef struct {
+  void (*product)(const fd_dense_block*);
+  void (*product_t)(const fd_dense_block*);
+  void (*rows)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);       /* A, [row][16] */
+  void (*pairs)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);      /* [row / 2][32] */
+  void (*transposed)(const float* from, uint32_t* to, int64_t depth, int64_t rows, int64_t stride); /* [depth / 2][32] */
+} fd_dense_pairs;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 FD_TABLES(fd_dense_table, fd_dense)
+#if defined(__x86_64__)
+extern const fd_dense_pairs fd_dense_avx512_bf16;
+static inline const fd_dense_pairs* fd_dense_bfloat16(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") ? &fd_dense_avx512_bf16 : (const fd_dense_pairs*)0;
+}
+#else
+static inline const fd_dense_pairs* fd_dense_bfloat16(void) { return (const fd_dense_pairs*)0; }
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -73,6 +73,7 @@ cdef int fill_call(fd_call* call, object capsule, object arrays, object ints, ob
     call.info = <const fd_kernel_info*>PyCapsule_GetPointer(capsule, FD_KERNEL_CAPSULE)
     call.tail = NULL
     call.barrier = 1
+    call.behind = 0
     if len(arrays) > FD_MAX_ARRAYS or len(ints) > FD_MAX_SCALARS or len(floats) > FD_MAX_SCALARS:
         raise ValueError(f"a call takes at most {FD_MAX_ARRAYS} arrays and {FD_MAX_SCALARS} scalars of a kind")
     for k in range(len(arrays)):
@@ -125,11 +126,13 @@ cdef class Workspace:
 cdef list _idle = []  # workspaces of eager calls; taken and put back under the GIL
 
 
+cdef int64_t scratch_bytes(const fd_call* call, int64_t rows) noexcept:
+    return 0 if call.info.scratch == NULL else (call.info.scratch(call, rows) + 63) // 64 * 64
+
+
 cdef int needs(const fd_call* call, int64_t rows, int64_t* private_bytes, int64_t* shared_bytes) except -1:
     cdef int64_t bytes
-    if call.info.scratch != NULL:
-        bytes = call.info.scratch(call, rows)
-        private_bytes[0] = max(private_bytes[0], bytes)
+    private_bytes[0] = max(private_bytes[0], call.behind + scratch_bytes(call, rows))
     if call.info.shared != NULL:
         bytes = call.info.shared(call, rows)
         shared_bytes[0] = max(shared_bytes[0], bytes)
@@ -266,6 +269,7 @@ cdef class NativeProgram:
                 if head == NULL or self.memory[k].info.panel == NULL:
                     raise ValueError(f"call {k} cannot be a tail: no head before it or no column-local kernel")
                 last.tail = &self.memory[k]
+                self.memory[k].behind = scratch_bytes(head, rows)
             else:
                 head = &self.memory[k]
                 self.heads[self.count] = head
