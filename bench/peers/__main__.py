@@ -200,10 +200,17 @@ def cell(found: dict[str, Any]) -> list[str]:
 
 
 def scaling(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One thread's time over two threads' for every step that was measured with both."""
+    """One thread's time over two threads', and float32's over bfloat16's, for every step that was measured with both."""
     ours = {r["case"]: r["seconds"]["fastdl"] for r in results if "fastdl" in r["seconds"]}
-    bars = {"wide": 1.85, "mnist": 1.85, "deep": 1.85, "tabular": 1.5, "tiny": 0.95}
     lines = []
+    for name in ours:
+        single = name.replace("bfloat16", "train_on_batch")
+        if "bfloat16" in name and single in ours:
+            line = {"case": f"{name} against float32", "threads": 2, "seconds": {"fastdl": ours[name]}, "notes": {}}
+            bars = {"share": 1.6} if "wide" in name else {}
+            line |= {"ratios": {}, "bars": bars, "share": ours[single] / ours[name]}
+            lines.append(line | {"met": met(line)})
+    bars = {"wide": 1.85, "mnist": 1.85, "deep": 1.85, "tabular": 1.5, "tiny": 0.95}
     for name in ours:
         one = name.replace(", 2T", ", 1T")
         if name.endswith(", 2T") and one in ours and "train_on_batch" in name:

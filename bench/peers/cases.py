@@ -88,6 +88,10 @@ def _steps() -> Iterator[Case]:
         what = {"net": net, "entry": "train_on_batch"}
         bar = {"numpy": 1.6 if net == "wide" else 2.0}
         yield Case(f"step {net} Numba back end, 2T", "step", what, ("numpy",), 2, bar, ours="numba")
+    for net in ("mnist", "wide"):
+        for threads in (1, 2):
+            what = {"net": net, "entry": "train_on_batch", "mixed": True}
+            yield Case(f"step {net} bfloat16, {threads}T", "step", what, ("torch",), threads, {"torch": 2.0})
     what = {"net": "tabular", "entry": "train_on_batch", "plain": True}
     yield Case("step tabular without batch norm and dropout, 1T", "step", what, ("sklearn", "torch", "jax"))
 

@@ -27,19 +27,24 @@ def stack(net: Net, plain: bool = False) -> list[layers.Layer]:
     return [*hidden, layers.Dense(net.widths[-1])]
 
 
-def _compiled(net: Net, backend: str, threads: int, plain: bool = False) -> fd.Sequential:
+def _compiled(net: Net, backend: str, threads: int, plain: bool = False, mixed: bool = False) -> fd.Sequential:
     """Threads are the library's own choice, at most one for each core of the process."""
     model = fd.Sequential(stack(net, plain), seed=1)
     chosen: int | str = 1 if threads == 1 else "auto"
     model.compile(
-        loss="softmax_cross_entropy", optimizer="adam", backend=backend, threads=chosen, fuse=backend != "numpy"
+        loss="softmax_cross_entropy",
+        optimizer="adam",
+        backend=backend,
+        threads=chosen,
+        fuse=backend != "numpy",
+        dtype="mixed_bfloat16" if mixed else "float32",
     )
     return model.build(net.widths[0])
 
 
-def step(net: str, entry: str, threads: int, variant: str, plain: bool = False) -> Work:
+def step(net: str, entry: str, threads: int, variant: str, plain: bool = False, mixed: bool = False) -> Work:
     found = NETS[net]
-    model = _compiled(found, variant, threads, plain)
+    model = _compiled(found, variant, threads, plain, mixed)
     if entry == "fit":
         X, y = batch(found, found.fit_steps)
         return Work(lambda: model.fit(X, y, batch_size=found.batch, epochs=1, verbose=0), found.fit_steps)

@@ -24,7 +24,7 @@ def _model(net: Net, plain: bool = False) -> torch.nn.Sequential:
     return torch.nn.Sequential(*parts, torch.nn.Linear(*net.widths[-2:]))
 
 
-def step(net: str, entry: str, threads: int, variant: str, plain: bool = False) -> Work:
+def step(net: str, entry: str, threads: int, variant: str, plain: bool = False, mixed: bool = False) -> Work:
     torch.set_num_threads(threads)
     found = NETS[net]
     model = _model(found, plain)
@@ -32,7 +32,8 @@ def step(net: str, entry: str, threads: int, variant: str, plain: bool = False) 
     X, y = (torch.from_numpy(a) for a in batch(found))
 
     def forward(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(x), targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return F.cross_entropy(model(x), targets)
 
     run = torch.compile(forward) if variant == "compile" else forward
 
