@@ -200,7 +200,7 @@ def cell(found: dict[str, Any]) -> list[str]:
 
 
 def scaling(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One thread's time over two threads', and float32's over bfloat16's, for every step that was measured with both."""
+    """One thread's time over two threads', and float32's over bfloat16's, where both were measured."""
     ours = {r["case"]: r["seconds"]["fastdl"] for r in results if "fastdl" in r["seconds"]}
     lines = []
     for name in ours:
