@@ -83,8 +83,8 @@ def _start() -> None:
     """Start Numba's threads, once, asleep between kernels.
 
     libgomp lets idle threads spin for milliseconds by default, on the cores that the next dense product needs (blas.py):
-    a step of mnist took 5.9 ms on two threads instead of 3.6, one of wide 112 instead of 67. It reads the setting when it
-    is loaded, which is now unless something else has loaded it; a user's own choice stands.
+    a step of wide took 112 ms on two threads instead of 70. It reads the setting when it is loaded, which is now unless
+    something else has loaded it; a user's own choice stands.
     """
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         return
