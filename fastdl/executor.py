@@ -106,7 +106,7 @@ def _stored_size(buffer: Buffer, rows: int, memory: Memory) -> int:
 
 
 def _is_long(call: Call, program: Program) -> bool:
-    """Whether a call of a Python back end pays for waking threads that sleep, some 60 us: at 100 Gflop/s and 30 GB/s."""
+    """Whether a call of a Python back end pays for waking sleeping threads, some 60 us; at 100 Gflop/s and 30 GB/s."""
     rows = program.rows
     return call.spec.flops(call.sizes(rows)) / 1e11 + call.moved(rows, program.itemsize) / 3e10 > 60e-6
 

@@ -82,9 +82,9 @@ def set_threads(threads: int) -> None:
 def _start() -> None:
     """Start Numba's threads, once, asleep between kernels.
 
-    libgomp lets idle threads spin for milliseconds by default, on the cores that the next dense product needs (blas.py):
-    a step of wide took 112 ms on two threads instead of 70. It reads the setting when it is loaded, which is now unless
-    something else has loaded it; a user's own choice stands.
+    libgomp lets idle threads spin for milliseconds by default, on the cores that the next dense product needs
+    (blas.py): a step of wide took 112 ms on two threads instead of 70. It reads the setting when it is loaded, which is
+    now unless something else has loaded it; a user's own choice stands.
     """
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         return
