@@ -67,14 +67,12 @@ def render(results: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> 
     return f"{about}\n\n{markdown(['ratio to NumPy', *columns], body)}"
 
 
-def replace_block(text: str, block: str) -> str:
+def replace_block(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:
     """A file's text with a new block between the marks."""
-    first, last = (text.find(mark) for mark in MARKS)
+    first, last = (text.find(mark) for mark in marks)
     if not 0 <= first < last:
-        raise SystemExit(
-            f"bench/table.py: no lines {MARKS[0]} and {MARKS[1]} in the file; put them where the table belongs"
-        )
-    return f"{text[: first + len(MARKS[0])]}\n{block}\n{text[last:]}"
+        raise SystemExit(f"no lines {marks[0]} and {marks[1]} in the file; put them where the table belongs")
+    return f"{text[: first + len(marks[0])]}\n{block}\n{text[last:]}"
 
 
 def _rows(nets: Sequence[str]) -> list[tuple[Any, str, str]]:

@@ -23,10 +23,12 @@ from typing import Any
 
 from bench.measure import machine
 from bench.peers.cases import LINEAR, Case, cases
-from bench.table import HISTORY, ROOT, duration, markdown
+from bench.table import HISTORY, ROOT, duration, markdown, replace_block
 
 #: Settings of a user's shell that would slow a peer down or speed it up: no side gets them.
 FOREIGN = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "KMP_", "GOTO_", "XLA_", "NUMBA_NUM", "FASTDL_", "PYTHONDONTWRITE")
+#: Around the README's table.
+PEER_MARKS = ("<!-- peers:begin -->", "<!-- peers:end -->")
 #: Pause between two turns, so that the pool of the last one is asleep.
 REST = 0.05
 #: Starts that are timed for a start case, the quickest counts.
@@ -231,6 +233,18 @@ def products(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line | {"met": met(line)}]
 
 
+def summary(results: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The README's table: steps and predictions, a column for each library."""
+    chosen = [r for r in results if r["case"].startswith(("step", "predict")) and r["ratios"]]
+    libraries = list(dict.fromkeys(name for r in chosen for name in r["ratios"]))
+    rows = []
+    for r in chosen:
+        cells = [f"{duration(r['seconds'][n])} ({r['ratios'][n]:.1f})" if n in r["ratios"] else "" for n in libraries]
+        rows.append([r["case"], duration(r["seconds"]["fastdl"]), *cells])
+    head = f"{about['cpu']}, level {about['level']}, NumPy {about['numpy']}, Python {about['python']}.\n\n"
+    return head + markdown(["case (T: threads)", "fastdl", *libraries], rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a regular expression over the names of cases")
@@ -239,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="3 rounds of 0.2 s")
     parser.add_argument("--list", action="store_true", help="names and bars, nothing is measured")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file (bench/history/<date>-peers-<cpu>.json)")
+    parser.add_argument("--into", type=pathlib.Path, help="file whose block of steps and predictions is replaced")
     parser.add_argument("--no-history", action="store_true", help="keep no JSON")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -262,6 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(markdown(["case", "fastdl", "share", "peers: time (ratio)", "bars"], [cell(r) for r in results]))
     missed = [r["case"] for r in results if not all(r["met"].values())]
     print(f"\n{len(missed)} of {sum(bool(r['bars']) for r in results)} bars missed", *missed, sep="\n  ")
+    if options.into is not None:
+        text = replace_block(options.into.read_text(), summary(results, about), PEER_MARKS)
+        options.into.write_text(text)
     if not options.no_history:
         now = datetime.datetime.now(datetime.UTC)
         slug = re.sub(r"[^a-z0-9]+", "-", about["cpu"].lower()).strip("-")
