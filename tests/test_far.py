@@ -57,6 +57,28 @@ def test_batchnorm(shape: tuple[int, int, int], activation: str, rate: float, le
         np.testing.assert_array_equal(far, near)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", ["softmax_forward", "softmax_backward"])
+def test_softmax(shape: tuple[int, int, int], op: str, level: str) -> None:
+    arrays = [matrix(shape, k) for k in range(3 if op.endswith("backward") else 2)]
+    dispatch.run(op, *arrays, backend="cython", threads=2)
+    for start in range(0, shape[0], 700):
+        pieces = [a[start : start + 700].copy() for a in arrays[:-1]]
+        near = np.empty_like(pieces[0])
+        dispatch.run(op, *pieces, near, backend="cython")
+        np.testing.assert_array_equal(arrays[-1][start : start + 700], near)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prelu_backward(shape: tuple[int, int, int], level: str) -> None:
+    dy, x, dx = (matrix(shape, k) for k in range(3))
+    slope, dslope = np.linspace(0.1, 0.5, shape[1], dtype=np.float32), np.empty(shape[1], np.float32)
+    dispatch.run("prelu_backward", dy, x, slope, dx, dslope, backend="cython", threads=2)
+    np.testing.assert_array_equal(dx, np.where(x > 0, dy, slope * dy))
+    want = np.where(x > 0, 0, dy.astype(np.float64) * x).sum(axis=0)
+    np.testing.assert_allclose(dslope, want, rtol=0, atol=1e-3)
+
+
 def test_nothing_is_written_beside_the_output() -> None:
     rows, cols, lead = 4100, 1030, 1088
     x, y = matrix((rows, lead, lead), 1), np.full((rows, lead), 7, np.float32)
