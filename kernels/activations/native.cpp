@@ -164,7 +164,7 @@ void softmax_forward(const void* x_, void* y_, int64_t rows, int64_t cols, int64
     T top = high[0];
     for (int i = 1; i < lanes<T>; i++) top = high[i] > top ? high[i] : top;
     along_row<T, 2>(r, cols, width, row_stride, panel_stride, [&](const int64_t* at, int n) __attribute__((always_inline)) {
-      const vec<T> e = exp_(load_n(x + at[0], n) - top);
+      const vec<T> e = exp_falling_(load_n(x + at[0], n) - top);
       store_n(far ? waiting + at[0] - r * row_stride[0] : y + at[1], e, n);
       sum += fill_above(e, n, T(0));
     });

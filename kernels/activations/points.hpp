@@ -65,7 +65,7 @@ FD_POINT(sigmoid) {
   FD_SAVES_OUTPUT
   // e^-|x| never overflows, and the small side keeps its relative accuracy
   static FD_INLINE V value(V x, V) {
-    const V e = exp_(-abs_(x));
+    const V e = exp_falling_(-abs_(x));
     return (x < V{} ? e : splat(T(1))) / (e + T(1));
   }
   static FD_INLINE V backward(V dy, V y, V) { return dy * (y * (T(1) - y)); }
@@ -85,26 +85,27 @@ FD_POINT(hard_tanh) {
 
 FD_POINT(softplus) {
   FD_SAVES_OUTPUT
-  static FD_INLINE V value(V x, V) { return max_(V{}, x) + log1p_unit_(exp_(-abs_(x))); }
+  static FD_INLINE V value(V x, V) { return max_(V{}, x) + log1p_unit_(exp_falling_(-abs_(x))); }
   static FD_INLINE V backward(V dy, V y, V) { return dy * -expm1_(-y); }  // sigmoid(x) = 1 - e^-y
 };
 
-// Beyond |x| = 40 both forms of GELU are x or -0 in float and double: the bound makes infinities give their limits.
-constexpr double gelu_bound = 40.0;
-
 FD_POINT(gelu) {
   FD_SAVES_INPUT
+  // x Phi(x) = max(0, x) - |x| Phi(-|x|), and Phi(-u) = 0 from u = 40 on; max(-0, x) keeps the sign of a zero
   static FD_INLINE V value(V x, V) {
-    V density;
-    return max_(splat(T(-gelu_bound)), x) * normal_cdf_(x, density);
+    V u, e;
+    const V tail = normal_tail_(x, u, e);
+    return max_(splat(T(-0.0)), x) - u * tail;
   }
   static FD_INLINE V backward(V dy, V x, V) {
-    const V z = min_(splat(T(gelu_bound)), max_(splat(T(-gelu_bound)), x));
-    V density;
-    const V p = normal_cdf_(z, density);
-    return dy * (p + z * density);
+    V u, e;
+    const V tail = normal_tail_(x, u, e), p = x > V{} ? T(1) - tail : tail;
+    return dy * (p + copysign_(u, x) * (e * T(0.39894228040143267794)));
   }
 };
+
+// Beyond |x| = 40 it is x or -0 in float and double: the bound makes infinities give their limits.
+constexpr double gelu_bound = 40.0;
 
 FD_POINT(gelu_tanh) {
   FD_SAVES_INPUT

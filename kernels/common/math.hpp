@@ -58,30 +58,42 @@ FD_INLINE vec<float> power_of_2_(vec<float> k) {
 #endif
 }
 
-// x = k ln2 + r with |r| <= ln2 / 2, for |x| <= 2^20; ln2 in two pieces, the first of 9 bits: k times it is exact.
-FD_INLINE vec<float> reduce_ln2_(vec<float> x, vec<float>& k) {
+// The integer nearest to x, for |x| <= 2^22
+FD_INLINE vec<float> round_(vec<float> x) {
+#if FD_LEVEL == FD_AVX512
+  return (vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  k = (x * 1.44269504f + magic) - magic;
-  return (x - k * 0.693359375f) - k * -2.12194440e-4f;
-}
-// (e^r - 1 - r) / r^2 on |r| <= ln2 / 2, 3e-9 of e^r
-FD_INLINE vec<float> exp_polynomial_(vec<float> r) {
-  return ((((1.3950601e-3f * r + 8.36895406e-3f) * r + 4.1666206e-2f) * r + 1.66665182e-1f) * r) + 0.5f;
+  return (x + magic) - magic;
+#endif
 }
 
-// e^x, 1.1 ulp
-FD_INLINE vec<float> exp_(vec<float> x) {
-  x = max_(splat(-104.0f), min_(splat(89.0f), x));  // e^-104 rounds to 0, e^89 to infinity; a NaN passes
+// x = k ln2 + r with |r| <= ln2 / 2, for |x| <= 2^20; ln2 in two pieces, the first of 9 bits: k times it is exact.
+FD_INLINE vec<float> reduce_ln2_(vec<float> x, vec<float>& k) {
+  k = round_(x * 1.44269504f);
+  return (x - k * 0.693359375f) - k * -2.12194440e-4f;
+}
+// e^r - 1 on |r| <= ln2 / 2, 3e-9 of e^r
+FD_INLINE vec<float> expm1_polynomial_(vec<float> r) {
+  const vec<float> s = r * r, low = r * 1.66665182e-1f + 0.5f, high = r * 8.36895406e-3f + 4.1666206e-2f;
+  return ((s * 1.3950601e-3f + high) * s + low) * s + r;
+}
+
+// e^x for x <= 0, 1.1 ulp
+FD_INLINE vec<float> exp_falling_(vec<float> x) {
+  x = max_(splat(-104.0f), x);  // e^-104 rounds to 0; a NaN passes
   vec<float> k;
   const vec<float> r = reduce_ln2_(x, k);
-  return scale_((exp_polynomial_(r) * r) * r + r + 1.0f, k);
+  return scale_(expm1_polynomial_(r) + 1.0f, k);
 }
+// e^x, 1.1 ulp
+FD_INLINE vec<float> exp_(vec<float> x) { return exp_falling_(min_(splat(89.0f), x)); }  // e^89 rounds to infinity
 
 // e^x - 1 = 2^k (e^r - 1) + (2^k - 1), a sum without cancellation; near 0 (k = 0) the first term alone, 1.7 ulp
 FD_INLINE vec<float> expm1_(vec<float> x) {
   x = max_(splat(-18.0f), min_(splat(89.0f), x));  // e^-18 - 1 rounds to -1
   vec<float> k;
-  const vec<float> r = reduce_ln2_(x, k), p = (exp_polynomial_(r) * r) * r + r;
+  const vec<float> r = reduce_ln2_(x, k), p = expm1_polynomial_(r);
   const vec<float> half = power_of_2_(k - 1.0f);  // 2^128 is no float
   const vec<float> y = (half * p + (half - 0.5f)) * 2.0f;
   return copysign_(abs_(x) < 0.25f ? p : y, x);  // the sign of -0
@@ -129,17 +141,20 @@ FD_INLINE vec<float> log1p_(vec<float> x) {
   y = x == -1.0f ? splat(-__builtin_inff()) : y;
   return x < -1.0f ? splat(__builtin_nanf("")) : y;
 }
-// log(1 + x) for x in [0, 1] (softplus): k is 0 or 1, and no bits need be taken apart
+// log(1 + x) for x in [0, 1] (softplus), 1.5 ulp: 2 atanh(t) = t (2 + t^2 P(t^2)) with t = x / (x + 2), 4e-9
 FD_INLINE vec<float> log1p_unit_(vec<float> x) {
-  const ivec<float> upper = x > 0.41421356f;
-  return log_sum_(upper ? splat(1.0f) : splat(0.0f), upper ? (x - 1.0f) * 0.5f : x);
+  const vec<float> t = x / (x + 2.0f), s = t * t;
+  vec<float> p = s * 2.80119866e-1f + 2.80018061e-1f;
+  p = p * s + 4.00215268e-1f;
+  p = p * s + 6.66664183e-1f;
+  return t * (p * s + 2.0f);
 }
 
 // tanh(x) = u / (u + 2), u = e^(2|x|) - 1, 2.6 ulp
 FD_INLINE vec<float> tanh_(vec<float> x) {
   const vec<float> t = min_(splat(40.0f), abs_(x) * 2.0f);  // u + 2 == u long before; a NaN passes
   vec<float> k;
-  const vec<float> r = reduce_ln2_(t, k), p = (exp_polynomial_(r) * r) * r + r;
+  const vec<float> r = reduce_ln2_(t, k), p = expm1_polynomial_(r);
   const vec<float> power = power_of_2_(k);
   const vec<float> u = power * p + (power - 1.0f);  // k = 0: p
   return copysign_(u / (u + 2.0f), x);
@@ -161,21 +176,24 @@ FD_INLINE vec<float> erf_(vec<float> x) {
   return t < 0.9f ? p * x + x : copysign_(1.0f - exp_(q * t), x);
 }
 
-// The normal distribution function Phi(x) and its density: one exponential for both. Phi(-u) = e^(-u^2/2) P(u) / Q(u) with a
-// rational function of relative error 6e-9 on [0, 14]; the rounded exponent adds u^2 / 4 ulp to the 3 of the rest.
-FD_INLINE vec<float> normal_cdf_(vec<float> x, vec<float>& density) {
-  const vec<float> u = min_(splat(40.0f), abs_(x)), e = exp_(u * u * -0.5f);  // e^-800 is 0
-  const vec<float> p = (((4.04752698e-3f * u + 4.0184401e-2f) * u + 1.81925103e-1f) * u + 4.36559886e-1f) * u + 0.5f;
-  vec<float> q = (1.01455143e-2f * u + 1.00734301e-1f) * u + 4.66005683e-1f;
-  q = ((q * u + 1.1971153f) * u + 1.67100453f) * u + 1.0f;
-  const vec<float> tail = e * (p / q);
-  density = e * 0.39894228f;
-  return x > 0.0f ? 1.0f - tail : tail;
+// The normal distribution function below zero: Phi(-u) = e P(u) / Q(u) with u = |x| and e = e^(-u^2/2), which its density
+// needs too. The rational function is within (1 + u^2/4) 9e-8 on [0, 14], the rounded exponent adds as much again.
+FD_INLINE vec<float> normal_tail_(vec<float> x, vec<float>& u, vec<float>& e) {
+  u = min_(splat(40.0f), abs_(x));  // e^-800 is 0; a NaN passes
+  const vec<float> s = u * u;
+  // e^(-s/2) = 2^k e^(-r/2): reduce_ln2_ and expm1_polynomial_ with -1/2 in their constants
+  const vec<float> k = round_(s * -0.72134752f), r = (s + k * 1.38671875f) + k * -4.24388880e-4f, t = r * r;
+  const vec<float> low = r * -2.08331478e-2f + 0.125f, high = r * -2.61529814e-4f + 2.60413788e-3f;
+  e = scale_(((t * 2.17978141e-5f + high) * t + low) * t + (r * -0.5f + 1.0f), k);
+  const vec<float> p = (u * 1.46926548e-2f + 1.09530866e-1f) * s + (u * 3.44479471e-1f + 0.5f);
+  const vec<float> q = (s * 3.68396342e-2f + (u * 2.74191588e-1f + 9.05429065e-1f)) * s + (u * 1.48684001f + 1.0f);
+  return e * p / q;
 }
-FD_INLINE vec<double> normal_cdf_(vec<double> x, vec<double>& density) {
+FD_INLINE vec<double> normal_tail_(vec<double> x, vec<double>& u, vec<double>& e) {
+  u = min_(splat(40.0), abs_(x));
   for (int i = 0; i < lanes<double>; i++) {
-    density[i] = __builtin_exp(x[i] * x[i] * -0.5) * 0.39894228040143267794;
-    x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
+    e[i] = __builtin_exp(u[i] * u[i] * -0.5);
+    x[i] = 0.5 * __builtin_erfc(u[i] * 0.70710678118654752440);
   }
   return x;
 }
@@ -196,32 +214,34 @@ FD_INLINE vec<float> reduce_half_pi_(vec<float> x, ivec<float>& quadrant) {
   return r;
 #endif
 }
-FD_INLINE vec<float> sin_polynomial_(vec<float> r, vec<float> s) {  // 4e-9
-  return ((-1.95166562e-4f * s + 8.33217334e-3f) * s - 1.66666552e-1f) * s * r + r;
+// sin(r), where `cosine` cos(r): a + a s P(s) with s = r^2 and a = r or 1, within 4e-9 and 4e-8. One polynomial with chosen
+// coefficients: half the products of two polynomials of which one is thrown away.
+FD_INLINE vec<float> sin_or_cos_(vec<float> r, ivec<float> cosine) {
+  const vec<float> s = r * r, a = cosine ? splat(1.0f) : r;
+  vec<float> p = cosine ? splat(-1.35912513e-3f) : splat(-1.95146320e-4f);
+  p = p * s + (cosine ? splat(4.16557342e-2f) : splat(8.33215564e-3f));
+  p = p * s + (cosine ? splat(-4.99998838e-1f) : splat(-1.66666552e-1f));
+  return p * s * a + a;
 }
-FD_INLINE vec<float> cos_polynomial_(vec<float> s) {  // 1e-10
-  return ((2.44377297e-5f * s - 1.38873619e-3f) * s + 4.16666456e-2f) * s * s - 0.5f * s + 1.0f;
+// Lanes beyond trig_limit, infinite or NaN: libm, whose reduction has all digits of pi.
+FD_INLINE bool far_(vec<float> x) { return __builtin_expect(any_(~(abs_(x) <= trig_limit)), 0); }
+template <float function(float)> __attribute__((noinline, cold)) vec<float> far_lanes_(vec<float> x, vec<float> y) {
+  for (int i = 0; i < lanes<float>; i++)
+    if (!(__builtin_fabsf(x[i]) <= trig_limit)) y[i] = function(x[i]);
+  return y;
 }
-// sin(x) and cos(x), 1.6 ulp up to 2^16; larger, infinite and NaN lanes go to libm (whose reduction has all digits of pi)
+// sin(x) and cos(x), 2 ulp
 FD_INLINE vec<float> sin_(vec<float> x) {
   ivec<float> n;
-  const vec<float> r = reduce_half_pi_(x, n), s = r * r;
-  vec<float> y = (n & 1) != 0 ? cos_polynomial_(s) : sin_polynomial_(r, s);
-  y = from_bits_(bits_(y) ^ (n << 30 & (int32_t)0x80000000));
-  if (__builtin_expect(any_(~(abs_(x) <= trig_limit)), 0))
-    for (int i = 0; i < lanes<float>; i++)
-      if (!(__builtin_fabsf(x[i]) <= trig_limit)) y[i] = __builtin_sinf(x[i]);
-  return x == 0.0f ? x : y;  // -0
+  const vec<float> r = reduce_half_pi_(x, n), v = sin_or_cos_(r, (n & 1) != 0);
+  const vec<float> y = x == 0.0f ? x : from_bits_(bits_(v) ^ (n << 30 & (int32_t)0x80000000));  // -0
+  return far_(x) ? far_lanes_<__builtin_sinf>(x, y) : y;
 }
 FD_INLINE vec<float> cos_(vec<float> x) {
   ivec<float> n;
-  const vec<float> r = reduce_half_pi_(x, n), s = r * r;
-  vec<float> y = (n & 1) != 0 ? sin_polynomial_(r, s) : cos_polynomial_(s);
-  y = from_bits_(bits_(y) ^ ((n + 1) << 30 & (int32_t)0x80000000));
-  if (__builtin_expect(any_(~(abs_(x) <= trig_limit)), 0))
-    for (int i = 0; i < lanes<float>; i++)
-      if (!(__builtin_fabsf(x[i]) <= trig_limit)) y[i] = __builtin_cosf(x[i]);
-  return y;
+  const vec<float> r = reduce_half_pi_(x, n), v = sin_or_cos_(r, (n & 1) == 0);
+  const vec<float> y = from_bits_(bits_(v) ^ ((n + 1) << 30 & (int32_t)0x80000000));
+  return far_(x) ? far_lanes_<__builtin_cosf>(x, y) : y;
 }
 
 #define FD_LIBM(name, function)                                                   \
@@ -230,6 +250,7 @@ FD_INLINE vec<float> cos_(vec<float> x) {
     return x;                                                                     \
   }
 FD_LIBM(exp_, exp)
+FD_LIBM(exp_falling_, exp)
 FD_LIBM(expm1_, expm1)
 FD_LIBM(log_, log)
 FD_LIBM(log1p_, log1p)

@@ -148,7 +148,7 @@ template <class T, bool LABELS, bool ONE> static void softmax_rows(const fd_loss
           dot += keep_n<T>(target * shifted, n, (T)0);
           share += target;
         }
-        const vec<T> value = keep_n<T>(exp_(shifted), n, (T)0);
+        const vec<T> value = keep_n<T>(exp_falling_(shifted), n, (T)0);
         (k / L % 2 ? other : total) += value;
         if (gradient) e.put(j, k, n, value);
       });
@@ -196,7 +196,7 @@ template <class T> struct binary_point {
   static constexpr double GAIN = 1;
   static constexpr bool COUNTS = true;
   static FD_INLINE void apply(vec<T> z, vec<T> t, vec<T>& loss, vec<T>& gradient) {
-    const vec<T> e = exp_(z < 0 ? z : -z);  // exp(-|z|)
+    const vec<T> e = exp_falling_(z < 0 ? z : -z);  // exp(-|z|)
     loss = max_(vec<T>{}, z) - z * t + log1p_unit_(e);
     gradient = (z >= 0 ? splat<T>(1) : e) / (e + (T)1) - t;
   }
