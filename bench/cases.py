@@ -57,7 +57,8 @@ def sizes(spec: OpSpec, shape: Shape) -> dict[str, int]:
 def without(spec: OpSpec, params: Mapping[str, Any]) -> tuple[str, ...]:
     """Optional arrays that a plain call leaves out.
 
-    These are weights of rows, the clipping scale, a second copy of the output, and slopes where no PReLU is fused.
+    These are weights of rows, the clipping scale, a second copy of the output, slopes where no PReLU is fused, and the
+    output that a fused ReLU's gradient may look at.
     """
     required = {a.shape for a in spec.outputs if not a.optional}
     prelu = params.get("activation") == "prelu" or all(p.kind != "activation" for p in spec.params)
@@ -66,7 +67,8 @@ def without(spec: OpSpec, params: Mapping[str, Any]) -> tuple[str, ...]:
         weight = array.role == "in" and array.shape in ("N", "1")
         copy = array.role == "out" and array.shape in required and array.shape.count(",")
         slope = array.name in ("slope", "dslope") and not prelu
-        if array.optional and (weight or copy or slope):
+        gate = array.name == "y" and params.get("activation", "identity") != "relu"
+        if array.optional and (weight or copy or slope or gate):
             names.append(array.name)
     return tuple(names)
 

@@ -120,6 +120,8 @@ class OpSpec:
     aliases: tuple[tuple[str, str], ...] = ()
     #: column-local: column c of the outputs depends on column c of the inputs alone
     column_local: bool = False
+    #: times that any schedule reads an array, where more than once: a sum over it comes before its elements' results
+    passes: Mapping[str, int] = field(default_factory=dict)
     #: logical bytes moved and floating-point operations for given sizes
     bytes: Callable[[Mapping[str, int], int], float] | None = None
     flops: Callable[[Mapping[str, int]], float] = field(default=lambda sizes: 0.0)
@@ -160,7 +162,7 @@ class OpSpec:
         return {p.name: p.default for p in self.params}
 
     def moved(self, sizes: Mapping[str, int], itemsize: int, absent: Collection[str] = ()) -> float:
-        """Logical bytes: every array once, twice where it is read and written, unless the spec says otherwise."""
+        """Logical bytes: reads (``passes`` of an input) and writes of every array, unless the spec says otherwise."""
         if self.bytes is not None:
             return self.bytes(sizes, itemsize)
         total = 0
@@ -168,7 +170,8 @@ class OpSpec:
             if array.name in absent:
                 continue
             size = itemsize if array.dtype == "T" else np.dtype(DTYPES[array.dtype]).itemsize
-            total += int(np.prod(array.dims(sizes))) * size * (2 if array.role == "inout" else 1)
+            passes = self.passes.get(array.name, 1) + (array.role == "inout")
+            total += int(np.prod(array.dims(sizes))) * size * passes
         return float(total)
 
     def make(

@@ -20,7 +20,10 @@ FD_INLINE void forward_row(const T* x, T* y, int64_t n, const T* slope, vec<T> a
   for (; c + unroll * L <= n; c += unroll * L) {
     vec<T> v[unroll];
 #pragma GCC unroll 4
-    for (int u = 0; u < unroll; u++) v[u] = F::value(load(x + c + u * L), F::per_column ? load(slope + c + u * L) : a);
+    for (int u = 0; u < unroll; u++) {
+      if (STREAM) __builtin_prefetch(x + c + u * L + LONG_AHEAD);
+      v[u] = F::value(load(x + c + u * L), F::per_column ? load(slope + c + u * L) : a);
+    }
 #pragma GCC unroll 4
     for (int u = 0; u < unroll; u++) {
       if constexpr (STREAM) stream(y + c + u * L, v[u]);
@@ -161,9 +164,9 @@ void softmax_forward(const void* x_, void* y_, int64_t rows, int64_t cols, int64
     along_row<T, 2>(r, cols, width, row_stride, panel_stride, [&](const int64_t* at, int n) __attribute__((always_inline)) {
       high = max_(fill_above(load_n(x + at[0], n), n, lowest), high);
     });
-    T top = high[0];
-    for (int i = 1; i < lanes<T>; i++) top = high[i] > top ? high[i] : top;
+    const T top = hmax<T>(high);
     along_row<T, 2>(r, cols, width, row_stride, panel_stride, [&](const int64_t* at, int n) __attribute__((always_inline)) {
+      if (far) __builtin_prefetch(x + at[0] + row_stride[0]);  // the next row comes while exponentials are taken
       const vec<T> e = exp_falling_(load_n(x + at[0], n) - top);
       store_n(far ? waiting + at[0] - r * row_stride[0] : y + at[1], e, n);
       sum += fill_above(e, n, T(0));

@@ -330,6 +330,7 @@ register_op(
         gradients=("batchnorm_backward",),
         no_gradient=("running_mean", "running_var"),
         column_local=True,
+        passes={"x": 2},
         flops=lambda sizes: 7.0 * sizes["N"] * sizes["C"],
     )
 )
@@ -409,6 +410,7 @@ register_op(
         variants=(*FUSED, {"training": 0}, {"activation": "relu", "training": 0}),
         aliases=(("dy", "dx"),),
         column_local=True,
+        passes={"dy": 2, "x": 2},
         flops=lambda sizes: 10.0 * sizes["N"] * sizes["C"],
     )
 )

@@ -65,11 +65,13 @@ template <class T> FD_INLINE void stream(T* p, vec<T> v) {
   store(p, v);
 #endif
 }
+// How matrices that leave past the caches are walked, (4096, 2048) floats. One input: row after row, fetched LONG_AHEAD
+// elements ahead (a copy in 0.65 ms; 0.87 at 512, 1.02 without, memcpy 1.47). Where constants of columns or a second input
+// are read too: FAR_ROWS rows side by side, fetched FAR_AHEAD ahead (batch norm's gradient in 2.5 ms, 2.9 row after row).
+// Loads and stores must alternate: a row made in L1 first and streamed in one go took twice as long as both together.
+constexpr int LONG_AHEAD = 4096, FAR_AHEAD = 256, FAR_ROWS = 4;
 // body(c, n) over the vectors of a row of `count` elements at `to`: a head up to the first aligned address, whole registers
-// (put() streams them), the rest. Loads and stores must alternate: a row made in L1 first and streamed in one go took twice
-// as long as both together. Four rows side by side, each prefetched FAR_AHEAD elements ahead, keep more lines under way
-// than one (4096 x 2048 in 1.1 ms against 1.4, memcpy 1.2).
-constexpr int FAR_AHEAD = 256, FAR_ROWS = 4;
+// (put() streams them), the rest.
 template <class T> FD_INLINE int64_t before_aligned(const T* p, int64_t count) {
   const int64_t head = (int64_t)(-(uintptr_t)p % FD_VECTOR_BYTES / sizeof(T));
   return head < count ? head : count;

@@ -49,32 +49,29 @@ struct Stream {
 };
 
 // DRAW rows of up to FAR_COLS columns past the caches: while their bits are drawn (0.1 ns an element), the rows come from
-// memory; then they leave in whole lines, four rows side by side (simd.hpp). 3.2 ms without, see README.md.
+// memory, one after the other; then they leave in whole lines. 3.2 ms without, see README.md.
 template <class T>
 static void apply_far(const T* x, T* y, int64_t xs, int64_t ys, int rows, int64_t row, int64_t col, int64_t cols,
                       vec<T> scale, const Stream& stream_of) {
   uint32_t bits[FAR_COLS / FD_PANEL + 1][DRAW];
   const Stream at = stream_of;
-  for (int64_t c = 0; c < cols; c += FD_PANEL) {
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < FD_PANEL; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + i * xs + c + k);
+  const T* coming = x;
+  for (int64_t c = 0, place = 0; c < cols; c += FD_PANEL) {
+    for (int i = 0; i < rows * FD_PANEL; i += lanes<T>) {
+      __builtin_prefetch(coming + place);
+      place += lanes<T>;
+      if (place >= cols) coming += xs, place = 0;
+    }
     at.draw(row, col + c, bits[c / FD_PANEL]);
   }
-  auto group = [&](int first, int count) __attribute__((always_inline)) {
-    each_aligned(y + first * ys, cols, [&](int64_t c, int n) __attribute__((always_inline)) {
-      const uint32_t *low = bits[c / FD_PANEL] + first, *high = bits[c / FD_PANEL + 1] + first;
-#pragma GCC unroll 4
-      for (int i = 0; i < count; i++) {
-        const uint64_t both = (uint64_t)high[i] << 32 | low[i];
-        put(y + (first + i) * ys + c, keep<T>(load_n(x + (first + i) * xs + c, n), scale, (uint32_t)(both >> c % 32)), n);
-      }
+  for (int i = 0; i < rows; i++) {
+    const T* from = x + i * xs;
+    T* to = y + i * ys;
+    each_aligned(to, cols, [&](int64_t c, int n) __attribute__((always_inline)) {
+      const uint64_t both = (uint64_t)bits[c / FD_PANEL + 1][i] << 32 | bits[c / FD_PANEL][i];
+      put(to + c, keep<T>(load_n(from + c, n), scale, (uint32_t)(both >> c % 32)), n);
     });
-  };
-  int i = 0;
-  if (ys * (int64_t)sizeof(T) % FD_VECTOR_BYTES == 0)
-    for (; i + FAR_ROWS <= rows; i += FAR_ROWS) group(i, FAR_ROWS);
-  for (; i < rows; i++) group(i, 1);
+  }
 }
 
 template <class T>
