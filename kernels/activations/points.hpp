@@ -91,7 +91,8 @@ FD_POINT(softplus) {
 
 FD_POINT(gelu) {
   FD_SAVES_INPUT
-  // x Phi(x) = max(0, x) - |x| Phi(-|x|), and Phi(-u) = 0 from u = 40 on; max(-0, x) keeps the sign of a zero
+  // x Phi(x) = max(0, x) - |x| Phi(-|x|), and Phi(-u) = 0 from u = 40 on (float: 14.5); max(-0, x) keeps the
+  // sign of a zero
   static FD_INLINE V value(V x, V) {
     V u, e;
     const V tail = normal_tail_(x, u, e);

@@ -155,7 +155,11 @@ static void finish(const Block& k, const Affine<T>& a, const T* along, const T* 
     if (gated) finish_stream<T, true>(k, a, dz, stride, along, across);
     else finish_stream<T, false>(k, a, dz, stride, along, across);
   } else {
-    if (gated) finish_rows<T, S, true>(k, a, dz, stride, along, across);
+    constexpr int ALIKE = S ? S : -1;
+    const bool alike = k.x_stride == stride && k.dx_stride == stride;
+    if (gated && alike) finish_rows<T, ALIKE, true>(k, a, dz, stride, along, across);
+    else if (gated) finish_rows<T, S, true>(k, a, dz, stride, along, across);
+    else if (alike) finish_rows<T, ALIKE, false>(k, a, dz, stride, along, across);
     else finish_rows<T, S, false>(k, a, dz, stride, along, across);
   }
 }

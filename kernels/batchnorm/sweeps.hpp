@@ -54,6 +54,14 @@ template <int N, class Body> FD_INLINE void each_group(int64_t r0, int64_t r1, B
   for (; r < r1; r++) body(r, 1);
 }
 
+// The same from the last rows to the first: the sweep before has left the last ones in the caches. With four rows instead
+// of two in finish_rows it takes backward of (256, 512) from 35 to 32.5 us; forward gains nothing (18.9 to 19.6 us).
+template <int N, class Body> FD_INLINE void each_group_down(int64_t rows, Body body) {
+  int64_t r = rows;
+  for (; r >= N; r -= N) body(r - N, N);
+  for (; r > 0; r--) body(r - 1, 1);
+}
+
 // body(column, lanes in use) over the vectors of a row. A head of `head` columns comes first where no word of bits is read:
 // those want vectors that begin at a multiple of their lanes.
 template <class T, int S, class Body> FD_INLINE void each_vector(int64_t cols, int64_t head, Body body) {
@@ -219,32 +227,32 @@ static void sum_rows(const Block& k, const Affine<T>& a, const T* dy, int64_t dy
   });
 }
 
-// dx = (dz - (x - mean) along - across) gain.
+// dx = (dz - (x - mean) along - across) gain. S < 0: rows of x, dy and dx are equally far apart, so that one offset serves
+// all three; else three pointers a row, of which four rows fill the registers.
 template <class T, int S, bool GATED>
 static void finish_rows(const Block& k, const Affine<T>& a, const T* dy, int64_t dy_stride, const T* along,
                         const T* across) {
-  constexpr int ROWS = S ? QUAD : 2;  // three pointers a row: four rows of run-time strides fill the registers
-  const int64_t xs = S ? S : k.x_stride, to_stride = S ? S : k.dx_stride, ds = S ? S : dy_stride;
+  constexpr int ROWS = S ? QUAD : 2;
+  const int64_t xs = S > 0 ? S : k.x_stride, to_stride = S > 0 ? S : S ? xs : k.dx_stride, ds = S > 0 ? S : S ? xs : dy_stride;
   const int64_t cols = k.cols, all_rows = k.rows;
   const T* const x = (const T*)k.x;
   T* const dx = (T*)k.dx;
   uint32_t* const bits = k.bits;
   const vec<T> scale = splat(dropout_scale<T>(k));
-  const int64_t head = S || GATED ? 0 : head_of(dx, to_stride, cols);
-  each_group<ROWS>(0, all_rows, [&](int64_t r, int rows) __attribute__((always_inline)) {
-    const T *xr[ROWS], *dr[ROWS];
-    T* to[ROWS];
+  const int64_t head = S > 0 || GATED ? 0 : head_of(dx, to_stride, cols);
+  each_group_down<ROWS>(all_rows, [&](int64_t r, int rows) __attribute__((always_inline)) {
+    int64_t xo[ROWS], yo[ROWS], to[ROWS];
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; i++) xr[i] = x + (r + i) * xs, dr[i] = dy + (r + i) * ds, to[i] = dx + (r + i) * to_stride;
-    each_vector<T, S>(cols, head, [&](int64_t c, int n) __attribute__((always_inline)) {
+    for (int i = 0; i < rows; i++) xo[i] = (r + i) * xs, yo[i] = (r + i) * ds, to[i] = (r + i) * to_stride;
+    each_vector<T, (S > 0 ? S : 0)>(cols, head, [&](int64_t c, int n) __attribute__((always_inline)) {
       const vec<T> mean = load_n(a.mean + c, n), gain = load_n(a.gain + c, n);
       const vec<T> e = load_n(along + c, n), f = load_n(across + c, n);
       const uint32_t* word = GATED ? words(bits, all_rows, c, r) : nullptr;
 #pragma GCC unroll 4
       for (int i = 0; i < rows; i++) {
-        vec<T> dz = load_n(dr[i] + c, n);
+        vec<T> dz = load_n(dy + c + yo[i], n);
         if constexpr (GATED) dz = keep_<T>(word[i] >> c % STRIP, dz * scale);
-        store_n(to[i] + c, (dz - (load_n(xr[i] + c, n) - mean) * e - f) * gain, n);
+        store_n(dx + c + to[i], (dz - (load_n(x + c + xo[i], n) - mean) * e - f) * gain, n);
       }
     });
   });

@@ -179,7 +179,7 @@ FD_INLINE vec<float> erf_(vec<float> x) {
 // The normal distribution function below zero: Phi(-u) = e P(u) / Q(u) with u = |x| and e = e^(-u^2/2), which its density
 // needs too. The rational function is within (1 + u^2/4) 9e-8 on [0, 14], the rounded exponent adds as much again.
 FD_INLINE vec<float> normal_tail_(vec<float> x, vec<float>& u, vec<float>& e) {
-  u = min_(splat(40.0f), abs_(x));  // e^-800 is 0; a NaN passes
+  u = min_(splat(14.5f), abs_(x));  // e^-105 rounds to 0; a NaN passes
   const vec<float> s = u * u;
   // e^(-s/2) = 2^k e^(-r/2): reduce_ln2_ and expm1_polynomial_ with -1/2 in their constants
   const vec<float> k = round_(s * -0.72134752f), r = (s + k * 1.38671875f) + k * -4.24388880e-4f, t = r * r;

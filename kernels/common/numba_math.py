@@ -150,8 +150,10 @@ def _log1p(x):
 
 @_point
 def _log1p_unit(x):
-    upper = x > f4(0.41421356)
-    return _log_sum(f4(1) if upper else f4(0), (x - f4(1)) * f4(0.5) if upper else x)
+    t = x / (x + f4(2))
+    s = t * t
+    p = ((s * f4(2.80119866e-1) + f4(2.80018061e-1)) * s + f4(4.00215268e-1)) * s + f4(6.66664183e-1)
+    return (p * s) * t + (t + t)  # a sum: a product might or might not be contracted with what a caller adds
 
 
 @_point
@@ -186,9 +188,9 @@ def _erf(x):
 def _normal_cdf(x):
     u = abs(x)
     u = f4(40) if u > f4(40) else u
-    p = (((f4(4.04752698e-3) * u + f4(4.0184401e-2)) * u + f4(1.81925103e-1)) * u + f4(4.36559886e-1)) * u + f4(0.5)
-    q = (f4(1.01455143e-2) * u + f4(1.00734301e-1)) * u + f4(4.66005683e-1)
-    q = ((q * u + f4(1.1971153)) * u + f4(1.67100453)) * u + f4(1)
+    p = ((u * f4(1.46926548e-2) + f4(1.09530866e-1)) * u + f4(3.44479471e-1)) * u + f4(0.5)
+    q = (u * f4(3.68396342e-2) + f4(2.74191588e-1)) * u + f4(9.05429065e-1)
+    q = (q * u + f4(1.48684001)) * u + f4(1)
     tail = _exp(u * u * f4(-0.5)) * (p / q)
     return f4(1) - tail if x > f4(0) else tail
 
@@ -235,20 +237,19 @@ def _quadrant(x):
 
 
 @_point
-def _sin_reduced(r, s):
-    return ((f4(-1.95166562e-4) * s + f4(8.33217334e-3)) * s - f4(1.66666552e-1)) * s * r + r
-
-
-@_point
-def _cos_reduced(s):
-    return ((f4(2.44377297e-5) * s - f4(1.38873619e-3)) * s + f4(4.16666456e-2)) * s * s - f4(0.5) * s + f4(1)
+def _sin_or_cos(r, cosine):
+    s = r * r
+    a = f4(1) if cosine else r
+    p = f4(-1.35912513e-3) if cosine else f4(-1.95146320e-4)
+    p = p * s + (f4(4.16557342e-2) if cosine else f4(8.33215564e-3))
+    p = p * s + (f4(-4.99998838e-1) if cosine else f4(-1.66666552e-1))
+    return p * s * a + a
 
 
 @_point
 def _sin(x):
     n, r = _quadrant(x)
-    s = r * r
-    y = _cos_reduced(s) if n & 1 else _sin_reduced(r, s)
+    y = _sin_or_cos(r, (n & 1) == 1)
     y = -y if n & 2 else y
     return x if x == f4(0) else y
 
@@ -256,8 +257,7 @@ def _sin(x):
 @_point
 def _cos(x):
     n, r = _quadrant(x)
-    s = r * r
-    y = _sin_reduced(r, s) if n & 1 else _cos_reduced(s)
+    y = _sin_or_cos(r, (n & 1) == 0)
     return -y if (n + 1) & 2 else y
 
 
@@ -272,8 +272,7 @@ def _near_quadrant(x):
 @_point
 def _sin_near(x):
     n, r = _near_quadrant(x)
-    s = r * r
-    y = _cos_reduced(s) if n & 1 else _sin_reduced(r, s)
+    y = _sin_or_cos(r, (n & 1) == 1)
     y = -y if n & 2 else y
     return x if x == f4(0) else y
 
@@ -281,8 +280,7 @@ def _sin_near(x):
 @_point
 def _cos_near(x):
     n, r = _near_quadrant(x)
-    s = r * r
-    y = _sin_reduced(r, s) if n & 1 else _cos_reduced(s)
+    y = _sin_or_cos(r, (n & 1) == 0)
     return -y if (n + 1) & 2 else y
 
 

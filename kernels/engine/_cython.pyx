@@ -16,6 +16,9 @@ from fastdl.kernels.engine.panels import Panels
 
 include "../common/abi.pxi"
 
+cdef extern from "Python.h":
+    unsigned long long PyLong_AsUnsignedLongLongMask(object) except? <unsigned long long>-1
+
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void** place, size_t alignment, size_t size)
 
@@ -79,7 +82,7 @@ cdef int fill_call(fd_call* call, object capsule, object arrays, object ints, ob
     for k in range(len(arrays)):
         fill_array(&call.a[k], arrays[k])
     for k in range(len(ints)):
-        call.i[k] = <int64_t><uint64_t>(ints[k] & 0xFFFFFFFFFFFFFFFF)
+        call.i[k] = <int64_t>PyLong_AsUnsignedLongLongMask(ints[k])  # seeds have all 64 bits
     for k in range(len(floats)):
         call.f[k] = floats[k]
     return 0
