@@ -47,21 +47,7 @@ cdef extern from "activations/table.h" nogil:
 
 ctypedef void (*block_product)(const fd_dense_block*) noexcept nogil
 
-# A block of A (at most A_BYTES) stays in L2, but for what an L2 of 1 MB loses to the panels of B and C and the prefetch
-# brings back: 768 KB was 2 % slower, because fewer rows share a transposed panel of w. A K block is about K_BYTES of a
-# row of A: 512 float32 cost C one round trip per 7000 cycles of a tile; half was 3 to 5 % slower, twice the same.
-cdef int64_t A_BYTES = 1024 * 1024
-cdef int64_t K_BYTES = 2048
-# Plain rows are packed when a block is read often enough to pay for the copy: A from 24 output panels on (16 run 4 %
-# faster in place; 64 run 25 % slower if rows are 8 KB apart, the same sets of L1, and the same otherwise), B from 128
-# rows on unless its rows are at most 1 KB apart.
-cdef int64_t PACK_A_PANELS = 24
-cdef int64_t PACK_B_ROWS = 128
-cdef int64_t PACK_B_STRIDE = 1024
-cdef int64_t WIDE_ROWS = 3       # rows up to which a tile may take several panels of B
-cdef int64_t THIN = 4            # rows or columns of an output up to which dot products are faster, if they apply
 cdef int64_t ACTIVATION_ROWS = 112  # rows of a panel that go through the activation while they are in L1
-
 cdef const fd_dense_table* table = fd_dense_at(0)
 cdef const fd_dense_pairs* half = fd_dense_bfloat16()  # NULL where the CPU has no AVX512-BF16
 cdef int running_level = 0
@@ -70,101 +56,7 @@ cdef int64_t IDENTITY = -1
 cdef int64_t RELU = -2
 
 
-cdef struct Product:
-    const fd_array* a     # (m, k), or (k, m) if ta
-    const fd_array* b     # (k, n), or (n, k) if tb
-    const fd_array* out   # (m, n)
-    bint ta, tb
-    int64_t m, k, n
-    const fd_array* bias
-    const fd_array* z
-    const fd_array* sums  # column sums of b, for db
-    int64_t activation
-    double alpha
-    bint half             # operands rounded to bfloat16, two of them in a word
-
-
-cdef inline char* at(const fd_array* a, int64_t row, int64_t col) noexcept nogil:
-    """Address of (row, col); col is a multiple of 32."""
-    return a.data + (col // 32 * a.panel_stride + row * a.row_stride) * a.itemsize
-
-
-cdef inline int64_t up32(int64_t n) noexcept nogil:
-    return (n + 31) // 32 * 32
-
-
-cdef inline bint by_dots(const Product* p) noexcept nogil:
-    """A thin output of operands that lie contiguous along k: no packing, lanes are k."""
-    if p.half or p.ta or (p.m > THIN and p.n > THIN) or p.a.col_stride != 1 or p.a.panel_stride != 32:
-        return False
-    return (p.b.col_stride == 1 and p.b.panel_stride == 32) if p.tb else p.b.row_stride == 1
-
-
-cdef inline void blocks(const Product* p, int64_t* mb, int64_t* kb) noexcept nogil:
-    """Rows and depth of a block of A, from the shape alone; blocks of nearly equal size."""
-    cdef int64_t size = 2 if p.half else p.out.itemsize
-    cdef int64_t count = max(1, (p.k * size + K_BYTES // 2) // K_BYTES)
-    kb[0] = max(32, up32((p.k + count - 1) // count))
-    cdef int64_t most = max(32, A_BYTES // (kb[0] * size) // 32 * 32)
-    count = max(1, (p.m + most - 1) // most)
-    mb[0] = max(32, up32((p.m + count - 1) // count))
-    if by_dots(p):  # nothing is packed, rows stream from memory once
-        kb[0] = max(32, up32(p.k))
-
-
-cdef inline bint a_is_panels(const Product* p) noexcept nogil:
-    return not p.half and p.a.col_stride == 1 and p.a.row_stride == 32
-
-
-cdef int64_t scratch_of(const Product* p) noexcept nogil:
-    cdef int64_t mb, kb
-    if by_dots(p):
-        return 0
-    blocks(p, &mb, &kb)
-    return ((0 if a_is_panels(p) else mb * kb) + kb * 32) * p.out.itemsize
-
-
-cdef void pack_panels(const fd_array* a, void* to, int64_t row, int64_t rows, int64_t col, int64_t cols) noexcept nogil:
-    """Rows and columns of a matrix as panels [column / 32][rows][32]."""
-    cdef int t = a.itemsize == 8
-    cdef int64_t c
-    for c in range(0, cols, 32):
-        table.pack[t](at(a, row, col + c), <char*>to + c * rows * a.itemsize, rows, min(32, cols - c), a.row_stride,
-                      a.col_stride)
-
-
-cdef void pack_transposed(const fd_array* b, void* to, int64_t k, int64_t depth, int64_t row,
-                          int64_t cols) noexcept nogil:
-    """The panel [depth][32] of b^T: columns k.. of b become rows, rows of b become columns."""
-    cdef int t = b.itemsize == 8
-    cdef int64_t c
-    for c in range(0, depth, 32):
-        table.pack[t](at(b, row, k + c), <char*>to + c * 32 * b.itemsize, min(32, depth - c), cols, b.col_stride,
-                      b.row_stride)
-
-
-cdef void pack_half_a(const Product* p, void* to, int64_t row, int64_t rows, int64_t k, int64_t depth) noexcept nogil:
-    """A block of A as words of two bfloat16: panels [k / 32][rows][16], or [row / 32][depth / 2][32] of x^T."""
-    cdef int64_t c, pairs = (depth + 1) // 2
-    if p.ta:
-        for c in range(0, rows, 32):
-            half.pairs(<const float*>at(p.a, k, row + c), <uint32_t*>to + c * pairs, depth, min(32, rows - c),
-                       p.a.row_stride)
-    else:
-        for c in range(0, depth, 32):
-            half.rows(<const float*>at(p.a, row, k + c), <uint32_t*>to + c // 2 * rows, rows, min(32, depth - c),
-                      p.a.row_stride)
-
-
-cdef void pack_half_b(const Product* p, void* to, int64_t k, int64_t depth, int64_t j, int64_t cols) noexcept nogil:
-    """Rows k.. of panel j of B as words of two bfloat16, [depth / 2][32]."""
-    cdef int64_t c
-    if p.tb:
-        for c in range(0, depth, 32):
-            half.transposed(<const float*>at(p.b, 32 * j, k + c), <uint32_t*>to + c // 2 * 32, min(32, depth - c), cols,
-                            p.b.row_stride)
-    else:
-        half.pairs(<const float*>at(p.b, k, 32 * j), <uint32_t*>to, depth, cols, p.b.row_stride)
+include "operands.pxi"
 
 
 cdef void share(const Product* p, const fd_worker* w, bint by_panel, int64_t* rows, int64_t* panels) noexcept nogil:
@@ -182,27 +74,55 @@ cdef void share(const Product* p, const fd_worker* w, bint by_panel, int64_t* ro
         rows[0], rows[1] = min(p.m, rows[0] * unit), min(p.m, rows[1] * unit)
 
 
+cdef inline void rows_of_panel(const Product* p, fd_dense_block* block, block_product product, const char* a_block,
+                               int64_t r0, int64_t rows, int64_t j, bint last, bint by_table) noexcept nogil:
+    """Rows r0.. of panel j of the output, or of `block.panels` panels: the product, the epilogue, the activation."""
+    cdef const fd_array* to = p.z if by_table and p.z.data != NULL else p.out
+    cdef int64_t size = to.itemsize, items = block.k, part = ACTIVATION_ROWS if last and by_table else max(1, rows)
+    cdef int64_t r = 0, q
+    cdef int t = size == 8
+    cdef bint add = block.add, with_z = last and not by_table and p.z != NULL and p.z.data != NULL, thin = by_dots(p)
+    block.c_row, block.c_panel = to.row_stride, to.panel_stride
+    block.padded = to.panel_stride != 32 and (not with_z or p.z.panel_stride != 32)
+    block.bias = fd_panel_data(p.bias, j) if last and p.bias != NULL and p.bias.data != NULL else NULL
+    block.relu = last and p.activation == RELU
+    while r < rows:
+        block.rows = min(part, rows - r)
+        block.a = a_block + r * block.a_row * size
+        block.c = at(to, r0 + r, 32 * j)
+        block.z = NULL
+        if with_z:
+            block.z, block.z_row, block.z_panel = at(p.z, r0 + r, 32 * j), p.z.row_stride, p.z.panel_stride
+        if thin:
+            table.dots[t](block)
+            block.k, block.add = 0, True  # what is left of the product: the epilogue
+        product(block)
+        block.k, block.add = items, add
+        if last and by_table:
+            for q in range(j, j + block.panels):
+                activations[0].entry[p.activation].forward[t](
+                    at(to, r0 + r, 32 * q), at(p.out, r0 + r, 32 * q), block.rows, block.cols, to.row_stride,
+                    p.out.row_stride, p.alpha, NULL)
+        r += part
+
+
 cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, const fd_worker* w) noexcept nogil:
+    """This thread's share of the output: blocks of A's rows, of K, and all panels of B past each."""
     cdef fd_dense_block block
-    cdef int64_t size = p.out.itemsize, mb, kb, r0, k0, depth, items, j, q, r, rows, part, cols
+    cdef int64_t mb, kb, r0, k0, depth, j, q, rows
     cdef int64_t row_share[2]
     cdef int64_t panel_share[2]
-    cdef int t = size == 8
-    cdef bint last, with_z, by_table = p.activation != IDENTITY and p.activation != RELU
-    cdef block_product product = table.product_t[t] if p.ta else table.product[t]
+    cdef bint last, by_table = p.activation != IDENTITY and p.activation != RELU
+    cdef block_product product = table.product_t[p.out.itemsize == 8] if p.ta else table.product[p.out.itemsize == 8]
+    cdef const char* a_block
     if p.half:
         product = half.product_t if p.ta else half.product
-    cdef const fd_array* to
-    cdef const char* a_block
-    cdef char* b_scratch
     share(p, w, call.tail != NULL, row_share, panel_share)
     if panel_share[0] == panel_share[1] or (row_share[0] == row_share[1] and p.m):
         return
     blocks(p, &mb, &kb)
-    cdef bint thin = by_dots(p)
     cdef bint few = panel_share[1] - panel_share[0] < PACK_A_PANELS or p.m <= WIDE_ROWS
-    cdef bint pack_a = p.a.col_stride != 1 or not (a_is_panels(p) or thin or few)
-    b_scratch = w.scratch + (0 if a_is_panels(p) else mb * kb * size)
+    cdef char* b_scratch = w.scratch + (0 if a_is_panels(p) else mb * kb * p.out.itemsize)
     cdef bint own_sums = p.sums != NULL and p.sums.data != NULL and (row_share[0] == 0)
     r0 = row_share[0]
     while True:
@@ -210,71 +130,20 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
         k0 = 0
         while True:
             depth = min(kb, p.k - k0)
-            items = (depth + 1) // 2 if p.half else depth  # what a step of the product takes
-            block.k = items
             last = k0 + kb >= p.k
-            # A: a pointer to its panels, in place or packed
-            if p.half:
-                pack_half_a(p, w.scratch, r0, rows, k0, depth)
-                a_block = w.scratch
-                block.a_row, block.a_panel = (32, 32 * items) if p.ta else (16, 16 * rows)
-            elif pack_a:
-                if p.ta:
-                    pack_panels(p.a, w.scratch, k0, block.k, r0, rows)
-                else:
-                    pack_panels(p.a, w.scratch, r0, rows, k0, block.k)
-                a_block = w.scratch
-                block.a_row, block.a_panel = 32, 32 * (block.k if p.ta else rows)
-            else:
-                a_block = at(p.a, k0, r0) if p.ta else at(p.a, r0, k0)
-                block.a_row, block.a_panel = p.a.row_stride, p.a.panel_stride
+            block.k = (depth + 1) // 2 if p.half else depth  # steps of the product
+            block.add = k0 > 0
+            a_block = block_of_a(p, &block, w.scratch, r0, rows, k0, depth, few)
             j = panel_share[0]
             while j < panel_share[1]:
-                cols = fd_panel_cols(p.n, j)
+                block.cols = fd_panel_cols(p.n, j)
+                panel_of_b(p, &block, b_scratch, k0, j, rows)
                 block.panels = 1
-                if thin:
-                    block.b = at(p.b, 32 * j, k0) if p.tb else at(p.b, k0, 32 * j)
-                    block.b_row = p.b.row_stride if p.tb else p.b.col_stride
-                else:
-                    panel_of_b(p, &block, b_scratch, k0, j, cols, rows)
-                    if not p.ta and rows <= WIDE_ROWS and block.b != b_scratch:
-                        block.panels = wide_of(rows, min(panel_share[1], p.n // 32) - j)
+                if not p.ta and rows <= WIDE_ROWS and block.b != b_scratch and not by_dots(p):
+                    block.panels = wide_of(rows, min(panel_share[1], p.n // 32) - j)
                 if own_sums and r0 == row_share[0]:
-                    if p.half:  # of the values as they were
-                        table.column_sums[t](at(p.b, k0, 32 * j), fd_panel_data(p.sums, j), depth, cols, p.b.row_stride,
-                                             k0 > 0)
-                    else:
-                        table.column_sums[t](block.b, fd_panel_data(p.sums, j), depth, cols, block.b_row, k0 > 0)
-                to = p.z if by_table and p.z.data != NULL else p.out
-                block.cols, block.c_row, block.c_panel = cols, to.row_stride, to.panel_stride
-                block.add = k0 > 0
-                with_z = last and not by_table and p.z != NULL and p.z.data != NULL
-                block.padded = to.panel_stride != 32 and (not with_z or p.z.panel_stride != 32)
-                block.bias = NULL
-                if last and p.bias != NULL and p.bias.data != NULL:
-                    block.bias = fd_panel_data(p.bias, j)
-                block.relu = last and p.activation == RELU
-                part = ACTIVATION_ROWS if last and by_table else max(1, rows)
-                r = 0
-                while r < rows:
-                    block.rows = min(part, rows - r)
-                    block.a = a_block + r * block.a_row * size
-                    block.c = at(to, r0 + r, 32 * j)
-                    if with_z:
-                        block.z, block.z_row, block.z_panel = at(p.z, r0 + r, 32 * j), p.z.row_stride, p.z.panel_stride
-                    else:
-                        block.z = NULL
-                    if thin:
-                        table.dots[t](&block)
-                        block.k, block.add = 0, True  # what is left of the product: the epilogue
-                    product(&block)
-                    block.k, block.add = items, k0 > 0
-                    if last and by_table:
-                        for q in range(j, j + block.panels):
-                            activations[0].entry[p.activation].forward[t](
-                                at(to, r0 + r, 32 * q), at(p.out, r0 + r, 32 * q), block.rows, cols, to.row_stride,
-                                p.out.row_stride, p.alpha, NULL)
-                    r += part
+                    sums_of_b(p, &block, k0, depth, j)
+                rows_of_panel(p, &block, product, a_block, r0, rows, j, last, by_table)
                 if last and call.tail != NULL and r0 + rows >= row_share[1]:
                     for q in range(j, j + block.panels):
                         fd_run_tail(call, run, w, q)
@@ -285,40 +154,6 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
         r0 += mb
         if r0 >= row_share[1]:
             break
-
-
-cdef inline int64_t wide_of(int64_t rows, int64_t complete) noexcept nogil:
-    """Panels that a product of few rows takes at once, of so many complete ones that are left."""
-    cdef int64_t panels = table.wide[rows]
-    while panels > complete and panels > 1:
-        panels //= 2
-    return panels
-
-
-cdef inline bint in_place(int64_t stride, int64_t rows) noexcept nogil:
-    """Whether the rows of B are read where they stand."""
-    return rows < PACK_B_ROWS or stride <= PACK_B_STRIDE
-
-
-cdef inline void panel_of_b(const Product* p, fd_dense_block* block, char* scratch, int64_t k0, int64_t j, int64_t cols,
-                            int64_t rows) noexcept nogil:
-    """Rows k0.. of panel j of B, in place where the micro-kernel can read whole vectors."""
-    cdef const fd_array* b = p.b
-    if p.half:
-        pack_half_b(p, scratch, k0, min(2 * block.k, p.k - k0), j, cols)
-    elif p.tb:
-        if b.row_stride == 1 and cols == 32 and in_place(b.col_stride * b.itemsize, rows):
-            block.b, block.b_row, block.b_panel = at(b, 32 * j, k0), b.col_stride, 32
-            return
-        pack_transposed(b, scratch, k0, block.k, 32 * j, cols)
-    else:
-        # The padding of a panel may be read; plain rows end where they end.
-        if b.col_stride == 1 and (cols == 32 or b.panel_stride != 32) and in_place(
-                b.row_stride * b.itemsize, rows):
-            block.b, block.b_row, block.b_panel = at(b, k0, 32 * j), b.row_stride, b.panel_stride
-            return
-        pack_panels(b, scratch, k0, block.k, 32 * j, cols)
-    block.b, block.b_row = scratch, 32
 
 
 # ---------------------------------------------------------------------------------------------- the three ops
