@@ -37,6 +37,8 @@ if X86:
         ("avx2", 1, [*AVX2_FLAGS, "-mprefer-vector-width=256"]),
         ("avx512", 2, [*AVX2_FLAGS, *AVX512_FLAGS, "-mprefer-vector-width=512"]),
     ]
+#: What only some CPUs of the avx512 level have is a file of its own, with flags of its own.
+SPECIAL = {"bfloat16.cpp": ["-mavx512bf16"], "amx.cpp": ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -99,7 +101,7 @@ def extensions() -> list[Extension]:
             include_dirs=["kernels/common", "kernels"],
             depends=[
                 *sources(f"{name}/native.cpp"),
-                *sources(f"{name}/bfloat16.cpp"),
+                *(path for special in SPECIAL for path in sources(f"{name}/{special}")),
                 *sources("*/*.h"),
                 *sources("*/*.hpp"),
                 *sources("*/*.pxi"),
@@ -147,10 +149,10 @@ class BuildLevels(build_ext):
     def compile_level(self, ext: Extension, name: str, number: int, flags: list[str]) -> list[str]:
         native = [path for path in ext.depends if path.endswith("native.cpp")]
         objects = self.compile(ext, name, number, flags, native)
-        if name == "avx512":  # what only some CPUs of this level have is a file of its own
-            half = [path.replace("native.cpp", "bfloat16.cpp") for path in native]
-            half = [path for path in half if (ROOT / path).exists()]
-            objects += self.compile(ext, name, number, [*flags, "-mavx512bf16"], half)
+        if name == "avx512":
+            for special, more in SPECIAL.items():
+                files = [path for path in ext.depends if path.endswith(f"/{special}")]
+                objects += self.compile(ext, name, number, [*flags, *more], files)
         return objects
 
     def compile(self, ext: Extension, name: str, number: int, flags: list[str], files: list[str]) -> list[str]:

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="a regular expression over names like relu_forward-L2-cython")
     parser.add_argument("--nets", default="tabular", help="nets whose training step is measured, comma-separated")
     parser.add_argument("--into", type=pathlib.Path, help="file whose block is replaced")
-    parser.add_argument("--no-history", action="store_true", help="keep no JSON of the run")
+    parser.add_argument("--no-history", action="store_true", help="keep no JSON of the run, as for a run of --only")
     options = parser.parse_args(arguments)
 
     from bench.cases import identity
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if options.into is not None:
         options.into.write_text(replace_block(options.into.read_text(), text))
-    if not options.no_history:
+    if not (options.no_history or options.only):
         now = datetime.datetime.now(datetime.UTC)
         name = re.sub(r"[^a-z0-9]+", "-", machine()["cpu"].lower()).strip("-")
         HISTORY.mkdir(exist_ok=True)

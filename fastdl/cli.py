@@ -27,6 +27,7 @@ from fastdl import checkpoint, data, layers, optimizers
 from fastdl.data.preprocessing import TASKS, Column
 from fastdl.data.table import listed
 from fastdl.errors import DataError, FastdlError
+from fastdl.kernels import dispatch
 
 #: The held-out rows are the same for every seed of the training.
 SPLIT_SEED = 0
@@ -314,6 +315,7 @@ def _info(options: argparse.Namespace) -> None:
         from fastdl.kernels.common import simd
 
         print(f"SIMD level {simd.level()} (this CPU runs {', '.join(simd.levels())}; FASTDL_SIMD forces one)")
+        print(f"mixed_bfloat16 {_bfloat16()}")
     else:
         print("SIMD level none: no compiled kernels")
     from fastdl import config
@@ -324,6 +326,15 @@ def _info(options: argparse.Namespace) -> None:
     print(f"back end by default {config.resolve_backend()}")
     for name, state in available.items():
         print(f"  {name}: {state}")
+
+
+def _bfloat16() -> str:
+    if why := dispatch.refuses_mixed("cython"):
+        return f"none: {why}"
+    from fastdl.kernels.dense import _cython as dense
+
+    units = ", ".join(dense.bfloat16_units())
+    return f"by {dense.bfloat16_unit()} (this CPU has {units}; FASTDL_BFLOAT16 forces one)"
 
 
 def _version(distribution: str) -> str:

@@ -84,7 +84,7 @@ class Sequential:
         threads : "auto" or int
         dtype : {"float32", "float64", "mixed_bfloat16"}
             The last one keeps float32 parameters, arrays and sums, and rounds the operands of dense products to
-            bfloat16; compiled back end, CPUs with AVX512-BF16.
+            bfloat16; compiled back end, CPUs with AMX or AVX512-BF16.
         fuse : bool
             False runs the calls as the layers name them.
 

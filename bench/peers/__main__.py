@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="names and bars, nothing is measured")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file (bench/history/<date>-peers-<cpu>.json)")
     parser.add_argument("--into", type=pathlib.Path, help="file whose block of steps and predictions is replaced")
-    parser.add_argument("--no-history", action="store_true", help="keep no JSON")
+    parser.add_argument("--no-history", action="store_true", help="keep no JSON, as a run of --only without --out")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seconds, options.rounds = 0.2, 3
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.into is not None:
         text = replace_block(options.into.read_text(), summary(results, about), PEER_MARKS)
         options.into.write_text(text)
-    if not options.no_history:
+    if options.out or not (options.no_history or options.only):
         now = datetime.datetime.now(datetime.UTC)
         slug = re.sub(r"[^a-z0-9]+", "-", about["cpu"].lower()).strip("-")
         path = options.out or HISTORY / f"{now:%Y-%m-%d}-peers-{slug}.json"

@@ -143,6 +143,12 @@ def _products() -> Iterator[Case]:
         )
 
 
+def _bfloat16_product() -> Iterator[Case]:
+    """1024^3 of bfloat16, packing timed; fastdl reads float32 and rounds, PyTorch reads bfloat16. Bar for AMX."""
+    what = {"shape": (1024, 1024, 1024), "mixed": True}
+    yield Case("linear bfloat16 1024x1024x1024", "linear", what, ("torch",), 1, {"torch": 1.3})
+
+
 def _predictions() -> Iterator[Case]:
     for net in ("tiny", "tabular", "mnist"):
         for rows in (1, 256):
@@ -155,4 +161,4 @@ def _predictions() -> Iterator[Case]:
 def cases() -> list[Case]:
     """All of them, in the order of the table."""
     start = Case("start: process to first step of tiny", "start", {}, ("torch", "jax"), 2, {"seconds": 0.35})
-    return [*_steps(), *_ops(), *_copies(), *_products(), *_predictions(), start]
+    return [*_steps(), *_ops(), *_copies(), *_products(), *_bfloat16_product(), *_predictions(), start]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from bench.peers.data import RATE, batch, labels, normal
 from bench.peers.worker import Work
 from bench.prepare import prepare
 from fastdl import layers, ops
-from fastdl.kernels import dispatch
+from fastdl.kernels import dispatch, registry
 from fastdl.kernels.engine import panels
 
 
@@ -78,9 +79,15 @@ def op(op: str, rows: int, cols: int, threads: int, variant: str) -> Work:
     return Work(lambda: function(x, out=out, **where))
 
 
-def linear(shape: Sequence[int], threads: int, variant: str) -> Work:
+def linear(shape: Sequence[int], threads: int, variant: str, mixed: bool = False) -> Work:
     n, i, o = shape
     x, w, b, out = normal(n, i), normal(i, o), normal(o), np.empty((n, o), np.float32)
+    if mixed:
+        dispatch.load(variant)
+        impl = registry.find("dense_forward", variant)
+        product = dispatch.caller(dataclasses.replace(impl, native={"float32": impl.native[dispatch.MIXED]}))
+        arguments = {"activation": "identity", "alpha": 0.0}
+        return Work(lambda: product((x, w, b, out, None), arguments, threads))
     return Work(lambda: ops.dense_forward(x, w, b, activation="relu", out=out, backend=variant, threads=threads))
 
 

@@ -91,10 +91,13 @@ def _quiet(call: Any) -> Work:
     return Work(body)
 
 
-def linear(shape: Sequence[int], threads: int, variant: str) -> Work:
+def linear(shape: Sequence[int], threads: int, variant: str, mixed: bool = False) -> Work:
     torch.set_num_threads(threads)
     n, i, o = shape
     x, w, b = torch.from_numpy(normal(n, i)), torch.from_numpy(normal(o, i)), torch.from_numpy(normal(o))
+    if mixed:
+        x, w, b = x.bfloat16(), w.bfloat16(), b.bfloat16()
+        return _quiet(lambda: F.linear(x, w, b))
     return _quiet(lambda: torch.relu_(F.linear(x, w, b)))
 
 

@@ -11,6 +11,10 @@
 #define FD_AVX512 2
 #define FD_LEVELS 3
 
+/* What multiplies bfloat16 at the AVX-512 level. */
+#define FD_AVX512_BF16 1
+#define FD_AMX 2
+
 #ifdef FD_LEVEL
 #if FD_LEVEL == FD_PORTABLE
 #define FD_NS fd_portable

@@ -32,11 +32,19 @@ cdef extern from "dense/table.h" nogil:
         void (*product)(const fd_dense_block*) noexcept nogil
         void (*product_t)(const fd_dense_block*) noexcept nogil
         void (*rows)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
+        void (*columns)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
         void (*pairs)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
         void (*transposed)(const float*, uint32_t*, int64_t, int64_t, int64_t) noexcept nogil
+        void (*begin)() noexcept nogil
+        void (*end)() noexcept nogil
+        int tiles
 
     const fd_dense_table* fd_dense_at(int level)
-    const fd_dense_pairs* fd_dense_bfloat16()
+    const fd_dense_pairs* fd_dense_bfloat16(int unit)
+
+cdef extern from "cpu.h" nogil:
+    int FD_AVX512_BF16, FD_AMX
+    int fd_has_bfloat16(int unit)
 
 cdef extern from "activations/table.h" nogil:
     ctypedef struct fd_activation:
@@ -49,7 +57,7 @@ ctypedef void (*block_product)(const fd_dense_block*) noexcept nogil
 
 cdef int64_t ACTIVATION_ROWS = 112  # rows of a panel that go through the activation while they are in L1
 cdef const fd_dense_table* table = fd_dense_at(0)
-cdef const fd_dense_pairs* half = fd_dense_bfloat16()  # NULL where the CPU has no AVX512-BF16
+cdef const fd_dense_pairs* half = NULL  # what multiplies bfloat16, if anything does
 cdef int running_level = 0
 cdef const fd_activation_table* const* activations = NULL
 cdef int64_t IDENTITY = -1
@@ -120,6 +128,8 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
     share(p, w, call.tail != NULL, row_share, panel_share)
     if panel_share[0] == panel_share[1] or (row_share[0] == row_share[1] and p.m):
         return
+    if p.half:
+        half.begin()
     blocks(p, &mb, &kb)
     cdef bint few = panel_share[1] - panel_share[0] < PACK_A_PANELS or p.m <= WIDE_ROWS
     cdef char* b_scratch = w.scratch + (0 if a_is_panels(p) else mb * kb * p.out.itemsize)
@@ -154,6 +164,8 @@ cdef void multiply(const Product* p, const fd_call* call, const fd_run* run, con
         r0 += mb
         if r0 >= row_share[1]:
             break
+    if p.half:
+        half.end()
 
 
 # ---------------------------------------------------------------------------------------------- the three ops
@@ -228,7 +240,7 @@ _backward_input.run, _backward_input.scratch = backward_input, backward_input_sc
 _backward_weights.run, _backward_weights.scratch = backward_weights, backward_weights_scratch
 cdef fd_kernel_info _half_forward = _forward, _half_backward_input = _backward_input
 cdef fd_kernel_info _half_backward_weights = _backward_weights
-_half_forward.data = _half_backward_input.data = _half_backward_weights.data = half
+_half_forward.data = _half_backward_input.data = _half_backward_weights.data = &half
 
 
 cdef dict _kinds(fd_kernel_info* info, fd_kernel_info* mixed):
@@ -236,6 +248,46 @@ cdef dict _kinds(fd_kernel_info* info, fd_kernel_info* mixed):
     if half != NULL:
         found["mixed_bfloat16"] = PyCapsule_New(mixed, FD_KERNEL_CAPSULE, NULL)
     return found
+
+
+_UNITS = {"amx": FD_AMX, "avx512_bf16": FD_AVX512_BF16}  # fastest first
+
+
+def bfloat16_units() -> list:
+    """What can multiply bfloat16 on this machine, fastest first."""
+    return [name for name, unit in _UNITS.items() if fd_has_bfloat16(unit)]
+
+
+def bfloat16_unit():
+    """What multiplies bfloat16, or None."""
+    return next((name for name, unit in _UNITS.items() if half != NULL and half == fd_dense_bfloat16(unit)), None)
+
+
+def use_bfloat16(str name, *, bint ask=True) -> None:
+    """Multiply bfloat16 on a unit from now on; before the first Program, whose scratch depends on it.
+
+    Parameters
+    ----------
+    name : {"amx", "avx512_bf16"}
+    ask : bool
+        False takes the unit without asking the CPU: for tests that trap its instructions.
+    """
+    global half
+    if ask and name not in bfloat16_units():
+        expected = " or ".join(bfloat16_units()) or "nothing: this CPU has neither"
+        raise ValueError(f"FASTDL_BFLOAT16={name!r} cannot run here, expected {expected}")
+    half = fd_dense_bfloat16(_UNITS[name])
+
+
+def _first_choice():
+    import os
+
+    name = os.environ.get("FASTDL_BFLOAT16") or next(iter(bfloat16_units()), None)
+    if name is not None:
+        use_bfloat16(name)
+
+
+_first_choice()
 
 
 def no_bfloat16():

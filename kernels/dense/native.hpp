@@ -18,7 +18,7 @@ constexpr int TILE_ROWS = 14, TILE_ROWS_T = 11;  // 32 features of a panel of x^
 constexpr int TILE_ROWS = 6, TILE_ROWS_T = 6;
 #endif
 constexpr int PANEL = 32;
-// One step of the product. bfloat16.cpp compiles this file with operands that are pairs of bfloat16 along k in the place of
+// One step of the product. pairs.hpp includes this file with operands that are pairs of bfloat16 along k in the place of
 // one float: a step is two products then, summed in float32 by the instruction, and a panel row of A is 16 pairs.
 #ifdef FD_PAIRS
 constexpr int DEPTH = PANEL / 2;
@@ -297,8 +297,8 @@ template <int HALF, class T, int... I> FD_INLINE vec<T> interleave(vec<T> a, vec
 }
 
 // An L x L block: log2 L rounds of interleaving row i with row i + L/2 transpose it. At an edge `rows` x `cols` of it
-// exist, and zeros stand for missing columns.
-template <class T, bool EDGE>
+// exist, and zeros stand for missing columns. Rows of the result lie TO apart.
+template <class T, bool EDGE, int TO = PANEL>
 static FD_INLINE void transpose(const T* from, T* to, int64_t between, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
   typedef typename count_to<L>::type all;
@@ -320,7 +320,7 @@ static FD_INLINE void transpose(const T* from, T* to, int64_t between, int64_t r
   }
 #pragma GCC unroll 16
   for (int i = 0; i < L; i++)
-    if (!EDGE || i < rows) store(to + i * PANEL, r[i]);
+    if (!EDGE || i < rows) store(to + i * TO, r[i]);
 }
 
 template <class T>

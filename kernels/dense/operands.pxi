@@ -5,6 +5,8 @@
 # row of A: 512 float32 cost C one round trip per 7000 cycles of a tile; half was 3 to 5 % slower, twice the same.
 cdef int64_t A_BYTES = 1024 * 1024
 cdef int64_t K_BYTES = 2048
+# On tiles a panel of B must stay in L1 (512 values: 32 KB), for A then takes 32 bytes a cycle from L2. Not measured.
+cdef int64_t TILE_K_BYTES = 1024
 # Plain rows are packed when a block is read often enough to pay for the copy: A from 24 output panels on (16 run 4 %
 # faster in place; 64 run 25 % slower if rows are 8 KB apart, the same sets of L1, and the same otherwise), B from 128
 # rows on unless its rows are at most 1 KB apart.
@@ -48,8 +50,8 @@ cdef inline bint by_dots(const Product* p) noexcept nogil:
 
 cdef inline void blocks(const Product* p, int64_t* mb, int64_t* kb) noexcept nogil:
     """Rows and depth of a block of A, from the shape alone; blocks of nearly equal size."""
-    cdef int64_t size = 2 if p.half else p.out.itemsize
-    cdef int64_t count = max(1, (p.k * size + K_BYTES // 2) // K_BYTES)
+    cdef int64_t size = 2 if p.half else p.out.itemsize, most_bytes = TILE_K_BYTES if p.half and half.tiles else K_BYTES
+    cdef int64_t count = max(1, (p.k * size + most_bytes // 2) // most_bytes)
     kb[0] = max(32, up32((p.k + count - 1) // count))
     cdef int64_t most = max(32, A_BYTES // (kb[0] * size) // 32 * 32)
     count = max(1, (p.m + most - 1) // most)
@@ -91,15 +93,20 @@ cdef void pack_transposed(const fd_array* b, void* to, int64_t k, int64_t depth,
 
 cdef void pack_half_a(const Product* p, void* to, int64_t row, int64_t rows, int64_t k, int64_t depth) noexcept nogil:
     """A block of A as words of two bfloat16: panels [k / 32][rows][16], or [row / 32][depth / 2][32] of x^T."""
-    cdef int64_t c, pairs = (depth + 1) // 2
-    if p.ta:
-        for c in range(0, rows, 32):
-            half.pairs(<const float*>at(p.a, k, row + c), <uint32_t*>to + c * pairs, depth, min(32, rows - c),
-                       p.a.row_stride)
-    else:
+    cdef int64_t r, c, pairs = (depth + 1) // 2
+    if not p.ta:
         for c in range(0, depth, 32):
             half.rows(<const float*>at(p.a, row, k + c), <uint32_t*>to + c // 2 * rows, rows, min(32, depth - c),
                       p.a.row_stride)
+        return
+    for r in range(0, rows, 32):
+        if not half.tiles:
+            half.columns(<const float*>at(p.a, k, row + r), <uint32_t*>to + r * pairs, depth, min(32, rows - r),
+                         p.a.row_stride)
+            continue
+        for c in range(0, depth, 32):
+            half.columns(<const float*>at(p.a, k + c, row + r), <uint32_t*>to + c // 2 * rows + 16 * r,
+                         min(32, depth - c), min(32, rows - r), p.a.row_stride)
 
 
 cdef void pack_half_b(const Product* p, void* to, int64_t k, int64_t depth, int64_t j, int64_t cols) noexcept nogil:
@@ -131,7 +138,7 @@ cdef inline const char* block_of_a(const Product* p, fd_dense_block* block, char
     """Rows r0.. and steps k0.. of A as panels: where they lie, or packed into scratch if `few` panels of B do not forbid."""
     if p.half:
         pack_half_a(p, scratch, r0, rows, k0, depth)
-        block.a_row, block.a_panel = (32, 32 * block.k) if p.ta else (16, 16 * rows)
+        block.a_row, block.a_panel = (32, 32 * block.k) if p.ta and not half.tiles else (16, 16 * rows)
         return scratch
     if p.a.col_stride == 1 and (a_is_panels(p) or by_dots(p) or few):
         block.a_row, block.a_panel = p.a.row_stride, p.a.panel_stride

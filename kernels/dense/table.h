@@ -35,14 +35,20 @@ typedef struct {
   void (*column_sums[2])(const void* from, void* out, int64_t rows, int64_t cols, int64_t row_stride, int add);
   const int* wide; /* panels that a product of 0 to 3 rows takes at once */
 } fd_dense_table;
-/* The same products of pairs of bfloat16 (bfloat16.cpp): a and b of a block are 32-bit words of two values along k, k and
- * strides count words, a panel row of A is 16 of them. The packers round rows of float32 with adjacent columns. */
+/* The same products of pairs of bfloat16 (bfloat16.cpp, amx.cpp): a and b of a block are 32-bit words of two values along
+ * k, k and strides count words, a panel row of A is 16 of them. The packers round rows of float32 with adjacent columns.
+ * With `tiles` x^T is packed like x, and B ends in whole tiles of 16 words of k. */
 typedef struct {
   void (*product)(const fd_dense_block*);
   void (*product_t)(const fd_dense_block*);
-  void (*rows)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);       /* A, [row][16] */
-  void (*pairs)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);      /* [row / 2][32] */
+  void (*rows)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);  /* A, [row][16] */
+  /* A from x^T: [row / 2][32] of up to 32 columns; with tiles [column][16] of up to 32 rows */
+  void (*columns)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);
+  void (*pairs)(const float* from, uint32_t* to, int64_t rows, int64_t cols, int64_t stride);  /* B, [row / 2][32] */
   void (*transposed)(const float* from, uint32_t* to, int64_t depth, int64_t rows, int64_t stride); /* [depth / 2][32] */
+  void (*begin)(void); /* a thread's first and last act around products */
+  void (*end)(void);
+  int tiles;
 } fd_dense_pairs;
 
 #ifdef __cplusplus
@@ -50,14 +56,19 @@ extern "C" {
 #endif
 FD_TABLES(fd_dense_table, fd_dense)
 #if defined(__x86_64__)
-extern const fd_dense_pairs fd_dense_avx512_bf16;
-static inline const fd_dense_pairs* fd_dense_bfloat16(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") ? &fd_dense_avx512_bf16 : (const fd_dense_pairs*)0;
-}
-#else
-static inline const fd_dense_pairs* fd_dense_bfloat16(void) { return (const fd_dense_pairs*)0; }
+extern const fd_dense_pairs fd_dense_avx512_bf16, fd_dense_amx;
 #endif
+/* By the names of fd_bfloat16 in cpu.h; NULL where this build has none. */
+static inline const fd_dense_pairs* fd_dense_bfloat16(int unit) {
+#if defined(__x86_64__) && defined(__linux__)
+  if (unit == FD_AMX) return &fd_dense_amx;
+#endif
+#if defined(__x86_64__)
+  if (unit == FD_AVX512_BF16) return &fd_dense_avx512_bf16;
+#endif
+  (void)unit;
+  return (const fd_dense_pairs*)0;
+}
 #ifdef __cplusplus
 }
 #endif

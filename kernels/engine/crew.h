@@ -71,8 +71,9 @@ static fd_crew* fd_make_crew(int threads) {
   pthread_attr_init(&attributes);
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attributes, FD_STACK_BYTES);
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the interpreter's thread */
+  sigfillset(&all); /* signals are for the interpreter's thread, but for a thread's own faults (faulthandler) */
+  sigdelset(&all, SIGSEGV), sigdelset(&all, SIGBUS), sigdelset(&all, SIGFPE), sigdelset(&all, SIGILL);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
   for (crew->threads = 1; crew->threads < threads; crew->threads++) {
     fd_member* member = &crew->members[crew->threads];
     pthread_t thread;
