@@ -45,6 +45,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+#: As os.environ keeps them. `os.environ.get` of a variable that is not set raises twice inside and takes 0.57 us of a
+#: tiny net's step of 5.4; a look into its dictionary takes 0.02.
+_KEYS = {name: os.environ.encodekey(name) for name in ("FASTDL_BACKEND", "FASTDL_NUM_THREADS")}
+
+
+def _variable(name: str) -> str | None:
+    return os.environ[name] if _KEYS[name] in os.environ._data else None
+
+
 def check_backend(name: object, where: str = "backend") -> str:
     if name not in NAMES:
         raise ValueError(f"{where}: unknown back end {name!r}, known: {', '.join(NAMES)}")
@@ -89,7 +98,7 @@ def resolve_backend(call: str | None = None, compiled: str | None = None) -> str
         return chosen
     if compiled not in (None, "auto"):
         return compiled
-    return check_backend(os.environ.get("FASTDL_BACKEND") or "auto", "FASTDL_BACKEND")
+    return check_backend(_variable("FASTDL_BACKEND") or "auto", "FASTDL_BACKEND")
 
 
 def resolve_threads(call: int | str | None = None, compiled: int | str | None = None) -> int | None:
@@ -99,7 +108,7 @@ def resolve_threads(call: int | str | None = None, compiled: int | str | None = 
     for value in (call, _context.get().threads, compiled):
         if value is not None and value != "auto":
             return check_threads(value)
-    text = os.environ.get("FASTDL_NUM_THREADS")
+    text = _variable("FASTDL_NUM_THREADS")
     if text:
         if not text.isdigit():
             raise ValueError(f"FASTDL_NUM_THREADS: expected an integer of at least 1, found {text!r}")
