@@ -19,7 +19,7 @@ from fastdl.kernels.engine.panels import Panels
 from fastdl.kernels.registry import BACKENDS, Impl, OpSpec
 
 #: File of a family that holds a back end's implementations.
-MODULES = {"numpy": "reference", "numba": "numba_cpu", "cython": "_cython"}
+MODULES = {"numpy": "reference", "numba": "numba_cpu", "cython": "_cython", "cuda": "numba_cuda"}
 
 _state: dict[str, str] = {}  # back end -> "available" or the reason why not
 _lock = threading.RLock()
@@ -59,6 +59,15 @@ def _load(backend: str) -> str:
         return "the package numba is not installed; run `pip install numba`"
     _modules(backend)
     return "available"
+
+
+def load_cuda() -> None:
+    """Import what the CUDA kernels and their launches are; neither a GPU nor a package of CUDA is needed."""
+    with _lock:
+        if "cuda" not in _state:
+            load("numpy")
+            _modules("cuda")
+            _state["cuda"] = "planned"
 
 
 def backends() -> dict[str, str]:

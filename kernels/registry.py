@@ -209,6 +209,8 @@ class Impl:
         ``fd_kernel_info`` of each dtype (see ``common/abi.h``), for the engine and the eager path.
     verifier : callable, optional
         ``verifier(arrays, params) -> reason or None``: why this implementation cannot take these arguments.
+    launches : callable, optional
+        CUDA: ``launches(views, params, planner) -> list of Launch`` (see ``common/gpu.py``).
     """
 
     op: str
@@ -216,12 +218,13 @@ class Impl:
     fn: Callable[..., None] | None = None
     native: Mapping[str, Any] | None = None
     verifier: Callable[..., str | None] | None = None
+    launches: Callable[..., list[Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in (*BACKENDS, "cuda"):
             raise ValueError(f"unknown back end {self.backend!r}, known: {(*BACKENDS, 'cuda')}")
-        if self.fn is None and self.native is None:
-            raise ValueError(f"{self.op} on {self.backend}: neither a callable nor native kernels were given")
+        if self.fn is None and self.native is None and self.launches is None:
+            raise ValueError(f"{self.op} on {self.backend}: neither a callable nor kernels nor launches were given")
 
 
 _specs: dict[str, OpSpec] = {}
