@@ -88,12 +88,32 @@ class Builder:
         return outputs
 
     # ------------------------------------------------------------------ memory
-    def memory(self, panel_layout: bool, optimizer: Optimizer | None) -> tuple[Memory, dict[str, np.ndarray]]:
-        """Arenas for this model: parameters and states, zero gradients, zero optimiser states."""
+    def memory(
+        self, panel_layout: bool, optimizer: Optimizer | None, device: Any = None
+    ) -> tuple[Memory, dict[str, np.ndarray]]:
+        """Arenas for this model: parameters and states, zero gradients, zero optimiser states.
+
+        With a ``device`` they have a copy in its memory.
+        """
         parameters = Arena(list(self.segments.values()), self.dtype, panel_layout)
         states = Arena(list(self.states.values()), self.dtype, panel_layout)
         gradients = aligned(parameters.size, self.dtype)
-        memory = Memory(parameters, gradients, states, self.dtype, panel_layout, {}, mixed=self.mixed)
+        version, mirror = np.zeros(1, np.int64), None
+        if device is not None:
+            from fastdl.cuda.executor import Mirror
+
+            mirror = Mirror(device, version)
+        memory = Memory(
+            parameters,
+            gradients,
+            states,
+            self.dtype,
+            panel_layout,
+            {},
+            mixed=self.mixed,
+            mirror=mirror,
+            version=version,
+        )
         moments = {name: aligned(parameters.size, self.dtype) for name in (optimizer.states if optimizer else ())}
         return memory, moments
 
@@ -239,7 +259,7 @@ class Builder:
 
     def _program(self, name: str, rows: int, calls: list[Call], memory: Memory, fused: bool) -> Program:
         program = Program(name, rows, calls, self.dtype.itemsize)
-        return fuse(program, memory.panel_layout) if fused else program
+        return fuse(program, memory.panel_layout, memory.mirror is not None) if fused else program
 
     def bound(self, made: tuple[Program, dict[str, Any]], memory: Memory, backend: str, threads: int) -> Bound:
         """Bind a Program that this builder made."""

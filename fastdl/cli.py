@@ -329,7 +329,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _bfloat16() -> str:
-    if why := dispatch.refuses_mixed("cython"):
+    if why := dispatch.refuses("cython", dispatch.MIXED):
         return f"none: {why}"
     from fastdl.kernels.dense import _cython as dense
 

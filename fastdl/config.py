@@ -19,9 +19,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastdl.kernels.registry import BACKENDS
+from fastdl.kernels.registry import ALL_BACKENDS
 
-NAMES = ("auto", *BACKENDS)
+NAMES = ("auto", *ALL_BACKENDS)
 
 
 @dataclass(frozen=True)

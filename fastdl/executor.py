@@ -53,8 +53,15 @@ class Memory:
     folded: dict[str, np.ndarray | Panels] = field(default_factory=dict)  # tensors made from parameters and states
     #: Products round their operands to bfloat16.
     mixed: bool = False
+    #: The arenas in device memory, on a back end that has one (`fastdl.cuda.executor.Mirror`).
+    mirror: Any = None
     #: One integer, raised with every change of parameters or states: what is folded is made anew then.
     version: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    def pull(self) -> None:
+        """Bring the arenas of the host up to date."""
+        if self.mirror is not None:
+            self.mirror.pull()
 
 
 def _dtype(buffer: Buffer, memory: Memory) -> np.dtype:
@@ -130,12 +137,19 @@ class Executor(ABC):
     ) -> None:
         self.program, self.memory, self.backend, self.threads = program, memory, backend, threads
         self.ranges, size = plan_arena(program, memory, keep)
-        self.arena = aligned(size, np.uint8)
+        self.arena = self._storage(size)
         self._cells: dict[Buffer, np.ndarray] = {}
         self._slots: dict[Buffer, np.ndarray | None] = {}
         self.stats = next((c.buffers["stats"] for c in program.calls if c.buffers.get("stats")), None)
         self.totals = np.zeros(3)
         self.impls = [self._choose(call) for call in program.calls]
+
+    def _storage(self, size: int) -> Any:
+        """Memory for the batch buffers."""
+        return aligned(size, np.uint8)
+
+    def dtype(self, buffer: Buffer) -> np.dtype:
+        return _dtype(buffer, self.memory)
 
     def _choose(self, call: Call) -> registry.Impl:
         found = dispatch.candidate(call.op, self.backend, (), call.params)
@@ -410,5 +424,8 @@ def _new_phase(calls: tuple[Call, ...], k: int) -> bool:
 
 def bind(program: Program, memory: Memory, backend: str, threads: int, keep: Iterable[Buffer] = ()) -> Executor:
     """Bind a Program to a back end."""
-    kind = NativeExecutor if backend == "cython" else PythonExecutor
+    if backend == "cuda":
+        from fastdl.cuda.executor import CudaExecutor as kind
+    else:
+        kind = NativeExecutor if backend == "cython" else PythonExecutor
     return kind(program, memory, backend, threads, keep)

@@ -9,6 +9,8 @@ batchnorm_chain           batchnorm, activation, dropout -> one batchnorm call, 
 dense_activation          dense, activation -> one dense call with the activation as its epilogue
 tails                     a column-local call after a dense product runs on each finished panel of it, in cache
                           (back ends that work on panels)
+epilogues                 dropout after a dense product, and backward the gradients of dropout and activation before
+                          one, run in the registers of that product (CUDA)
 ========================  ==========================================================================================
 
 A fused Program computes what the plain one does: masks bit for bit, floats within the ops' tolerances (tested).
@@ -24,9 +26,11 @@ from fastdl.program import FOLD, Buffer, Call, Program
 FORWARD, BACKWARD = "_forward", "_backward"
 
 
-def fuse(program: Program, panels: bool) -> Program:
+def fuse(program: Program, panels: bool, registers: bool = False) -> Program:
     """Apply every rule that the back end can run."""
     program = dense_activation(batchnorm_chain(batchnorm_fold(program)))
+    if registers:
+        return epilogues(program)
     return tails(program) if panels else program
 
 
@@ -185,3 +189,45 @@ def _inputs_first(calls: list[Call]) -> list[Call]:
             k = max(j, k)
         k += 1
     return out
+
+
+# ---------------------------------------------------------------------------------------------- epilogues
+def epilogues(program: Program) -> Program:
+    """Move element-wise calls behind the dense product whose result they alone read.
+
+    Forward that is dropout; backward dropout's gradient and then the activation's, the layer below in reverse.
+    """
+    following: dict[Call, list[Call]] = {}
+    for head in program.calls:
+        if head.op == "dense_forward":
+            absorbed = _chain(program, head, "y", [lambda c: c.op == "dropout_forward"])
+        elif head.op == "dense_backward_input":
+            absorbed = _chain(program, head, "dx", [lambda c: c.op == "dropout_backward", _is_gradient])
+        else:
+            continue
+        if absorbed:
+            following[head] = absorbed
+    moved = {call for chain in following.values() for call in chain}
+    calls = []
+    for call in program.calls:
+        if call not in moved:
+            calls += [call, *(replace(c, tail=True) for c in following.get(call, ()))]
+    return program.replaced(calls)
+
+
+def _is_gradient(call: Call) -> bool:
+    """Whether a call is the backward of an element-wise activation without slopes."""
+    name = call.op.removesuffix(BACKWARD)
+    return call.op.endswith(BACKWARD) and name in ACTIVATIONS and name != "prelu" and not ACTIVATIONS[name].row_op
+
+
+def _chain(program: Program, head: Call, output: str, kinds: list) -> list[Call]:
+    """Calls of these kinds, each at most once and in this order, that alone read what the one before wrote."""
+    chain, buffer = [], head.buffers[output]
+    for is_next in kinds:
+        after = _only_reader(program, buffer, head.phase)
+        if after is None or len(program.readers(buffer)) != 1 or not is_next(after):
+            continue
+        chain.append(after)
+        buffer = after.writes[0]
+    return chain

@@ -16,7 +16,7 @@ from fastdl.errors import BackendUnavailable, ModelFileError
 from fastdl.executor import Run
 from fastdl.inputs import as_matrix, as_weights, split_validation, whole_number
 from fastdl.kernels import dispatch
-from fastdl.kernels.registry import BACKENDS
+from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
 from fastdl.program import Program
@@ -101,10 +101,11 @@ class Sequential:
         if threads != "auto":
             config.check_threads(threads)
         config.check_backend(backend)
-        if dtype == dispatch.MIXED and (why := dispatch.refuses_mixed("cython" if backend == "auto" else backend)):
-            raise BackendUnavailable(f"dtype {dtype!r} cannot run here: {why}; use 'float32'")
         if backend != "auto" and (state := dispatch.load(backend)) != "available":
             raise BackendUnavailable(f"back end {backend!r} is not available: {state}")
+        asked = "cython" if backend == "auto" and dtype == dispatch.MIXED else backend
+        if asked != "auto" and (why := dispatch.refuses(asked, dtype)):
+            raise BackendUnavailable(f"dtype {dtype!r} cannot run here: {why}; use 'float32'")
         settings = Settings(
             backend, threads, dtype, bool(fuse), None if loss is None else losses.get(loss), optimizers.get(optimizer)
         )
@@ -276,12 +277,17 @@ class Sequential:
             shape = rows, self._runtime.builder.out_width
             if dy.shape != shape:
                 raise ValueError(f"dy: expected shape {shape}, found {dy.shape}")
-            gradients = self._runtime.memory.gradients
+            memory = self._runtime.memory
+            gradients = memory.gradients
+            if accumulate:
+                memory.pull()
             before = gradients.copy() if accumulate else None
             bound.executor.slot(bound.dy, dy)
             bound.executor.run(Run(rows=rows, step=self.step, total_rows=rows), "backward")
             if before is not None:
+                memory.pull()
                 gradients += before
+                memory.version[0] += 1
             return bound.executor.read(bound.dx, rows)
 
     def update(self) -> None:
@@ -351,12 +357,26 @@ class Sequential:
         for name, value in state.items():
             weights[name] = value
 
+    def plan(self, backend: str = "cuda", batch_size: int = 32) -> str:
+        """The launches of a training step on a GPU, for at most ``batch_size`` rows; needs neither GPU nor driver.
+
+        Raises
+        ------
+        ValueError
+            For another back end: their Programs are ``net.program``.
+        """
+        if backend != "cuda":
+            raise ValueError(f"plan: expected 'cuda', found {backend!r}; net.program lists the calls of the others")
+        whole_number(batch_size, "batch_size")
+        with self._lock:
+            return self._ready().plan(batch_size)
+
     def explain(self) -> str:
         """Which back end runs this model with how many threads, and why not another."""
         runtime = self._ready()
         threads, why = runtime.threads(self.program)
         lines = [f"back end {runtime.backend}, {threads} thread{'s' if threads > 1 else ''} ({why})"]
-        for name in BACKENDS:
+        for name in ALL_BACKENDS:
             if name != runtime.backend:
                 reasons = runtime.refusals(name)
                 lines.append(f"  {name}: {reasons[0] if reasons else 'could run it'}")

@@ -7,7 +7,7 @@ padding is zero in every arena and stays so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +101,17 @@ class Weights(MutableMapping[str, np.ndarray]):
     """Named tensors of a model: reading copies out in plain layout, assigning copies in.
 
     Shapes are those of the layer: kernels (I, O), vectors (O,). ``version``, one integer, is raised by an assignment.
+    ``pull`` brings the arenas up to date, where a device has newer values.
     """
 
-    def __init__(self, arenas: list[tuple[Arena, np.ndarray]], names: list[str], version: np.ndarray) -> None:
-        self._arenas, self._names, self._version = arenas, names, version
+    def __init__(
+        self,
+        arenas: list[tuple[Arena, np.ndarray]],
+        names: list[str],
+        version: np.ndarray,
+        pull: Callable[[], None],
+    ) -> None:
+        self._arenas, self._names, self._version, self._pull = arenas, names, version, pull
 
     def _place(self, name: str) -> tuple[Arena, np.ndarray]:
         for arena, values in self._arenas:
@@ -114,6 +121,7 @@ class Weights(MutableMapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         arena, values = self._place(name)
+        self._pull()
         return arena.read(name, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -126,6 +134,7 @@ class Weights(MutableMapping[str, np.ndarray]):
             raise TypeError(f"{name}: expected numbers, found dtype {value.dtype}")
         if values is not arena.values:
             raise TypeError(f"{name}: gradients are read-only here; they are written by backward()")
+        self._pull()
         arena.write(name, value.astype(arena.dtype))
         self._version += 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from fastdl.builder import Bound, Builder, Feed
 from fastdl.errors import BackendUnavailable
 from fastdl.executor import Memory, Run
 from fastdl.kernels import dispatch
-from fastdl.kernels.common import philox
+from fastdl.kernels.common import driver, philox
 from fastdl.kernels.registry import BACKENDS
 from fastdl.layers.base import Layer
 from fastdl.losses import Loss
@@ -77,8 +77,8 @@ class Runtime:
         if name != "auto":
             if (state := dispatch.load(name)) != "available":
                 raise BackendUnavailable(f"back end {name!r} is not available: {state}")
-            if self.settings.dtype == dispatch.MIXED and (why := dispatch.refuses_mixed(name)):
-                raise BackendUnavailable(f"back end {name!r} cannot run {dispatch.MIXED}: {why}")
+            if why := dispatch.refuses(name, self.settings.dtype):
+                raise BackendUnavailable(f"back end {name!r} cannot run {self.settings.dtype}: {why}")
             return name
         for name in BACKENDS:
             if not self.refusals(name):
@@ -87,10 +87,7 @@ class Runtime:
 
     def refusals(self, name: str) -> list[str]:
         """Why a back end cannot run the model; empty when it can."""
-        state = dispatch.load(name)
-        if state != "available":
-            return [state]
-        if self.settings.dtype == dispatch.MIXED and (why := dispatch.refuses_mixed(name)):
+        if why := dispatch.refuses(name, self.settings.dtype):
             return [why]
         builder, s = self.builder, self.settings
         memory, moments = builder.memory(False, s.optimizer)
@@ -116,7 +113,10 @@ class Runtime:
     def place(self, backend: str) -> None:
         """Lay everything out for a back end; values and optimiser states move along."""
         old, old_moments = self.memory, self.moments
-        self.memory, self.moments = self.builder.memory(backend == "cython", self.settings.optimizer)
+        if old is not None:
+            old.pull()
+        device = driver.current() if backend == "cuda" else None
+        self.memory, self.moments = self.builder.memory(backend == "cython", self.settings.optimizer, device)
         self.backend = backend
         self._bound.clear()
         self._quick = None
@@ -139,7 +139,8 @@ class Runtime:
                 out = np.full(segment.buffer.shape, value if op is None else 0.0, arena.dtype)
                 if op is not None:
                     layer = philox.INITIAL_LAYER + order.index(segment.name)
-                    dispatch.run(op, out.reshape(-1), backend=self.backend, seed=self.seed, layer=layer, **params)
+                    drawn_by = "numpy" if self.backend == "cuda" else self.backend  # equal bits everywhere
+                    dispatch.run(op, out.reshape(-1), backend=drawn_by, seed=self.seed, layer=layer, **params)
                 arena.write(segment.name, out)
 
     @property
@@ -149,12 +150,13 @@ class Runtime:
         layers = [name for name, _ in self.builder.layers]
         names = [*self.builder.segments, *self.builder.states]
         names.sort(key=lambda name: layers.index(name.split("/")[0]))
-        return Weights(arenas, names, self.memory.version)
+        return Weights(arenas, names, self.memory.version, self.memory.pull)
 
     @property
     def gradients(self) -> Weights:
         memory = self.memory
-        return Weights([(memory.parameters, memory.gradients)], list(self.builder.segments), memory.version)
+        arenas = [(memory.parameters, memory.gradients)]
+        return Weights(arenas, list(self.builder.segments), memory.version, memory.pull)
 
     # ------------------------------------------------------------------ programs
     def threads(self, program: Program) -> tuple[int, str]:
@@ -241,6 +243,20 @@ class Runtime:
             return self.builder.loop(32, s.optimizer, self.memory, self.moments, s.fuse)[0]
         feed = Feed(labels=s.loss.target_kind == "labels")
         return self.builder.train(32, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse)[0]
+
+    def plan(self, rows: int) -> str:
+        """The launches of a training step on a GPU, or of the user's own loop without a loss."""
+        from fastdl.cuda.plan import Paper, described
+
+        s = replace(self.settings, dtype="float32")
+        memory, moments = self.builder.memory(False, s.optimizer, Paper())
+        if s.loss is None:
+            made = self.builder.loop(rows, s.optimizer, memory, moments, s.fuse)
+        else:
+            feed = Feed(rows, labels=s.loss.target_kind == "labels")
+            made = self.builder.train(rows, feed, s.loss, s.optimizer, memory, moments, s.fuse)
+        executor = self.builder.bound(made, memory, "cuda", 1).executor
+        return described(made[0], executor.plan, sum(v.shape[0] * v.itemsize for v in executor.planner.scratches))
 
     def _capacity(self, kind: str, setting: Any, rows: int) -> int:
         """Rows of a bound Program that is large enough, or of a new one."""

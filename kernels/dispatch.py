@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from fastdl.kernels import FAMILIES, registry
+from fastdl.kernels.common import driver
+from fastdl.kernels.common.gpu import Planner, View, run_block
 from fastdl.kernels.engine.panels import Panels
-from fastdl.kernels.registry import BACKENDS, Impl, OpSpec
+from fastdl.kernels.registry import ALL_BACKENDS, BACKENDS, Impl, OpSpec
 
 #: File of a family that holds a back end's implementations.
 MODULES = {"numpy": "reference", "numba": "numba_cpu", "cython": "_cython", "cuda": "numba_cuda"}
@@ -28,6 +30,9 @@ _lock = threading.RLock()
 def load(backend: str) -> str:
     """Import a back end once; return "available" or the reason why it is not."""
     with _lock:
+        if backend == "cuda":
+            load_cuda()
+            return driver.missing() or "available"
         if backend not in _state:
             _state[backend] = _load(backend)
         return _state[backend]
@@ -67,20 +72,20 @@ def load_cuda() -> None:
         if "cuda" not in _state:
             load("numpy")
             _modules("cuda")
-            _state["cuda"] = "planned"
+            _state["cuda"] = "imported"
 
 
 def backends() -> dict[str, str]:
     """Every back end with "available" or the reason why not."""
-    return {name: load(name) for name in BACKENDS}
+    return {name: load(name) for name in ALL_BACKENDS}
 
 
 def candidate(op: str, backend: str, arrays: Sequence[Any] = (), params: Mapping[str, Any] | None = None) -> Impl | str:
     """The implementation on one back end, or the reason why there is none for these arguments."""
     load("numpy")
     registry.spec(op)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown back end {backend!r}, known: auto, {', '.join(BACKENDS)}")
+    if backend not in ALL_BACKENDS:
+        raise ValueError(f"unknown back end {backend!r}, known: auto, {', '.join(ALL_BACKENDS)}")
     state = load(backend)
     if state != "available":
         return state
@@ -137,11 +142,15 @@ def explain(op: str, arrays: Sequence[Any], backend: str) -> str:
 MIXED = "mixed_bfloat16"
 
 
-def refuses_mixed(backend: str) -> str | None:
-    """Why a back end cannot run Programs of `MIXED`, or None."""
+def refuses(backend: str, dtype: str) -> str | None:
+    """Why a back end cannot run Programs of a float type, or None."""
     state = load(backend)
     if state != "available":
         return state
+    if backend == "cuda":
+        return None if dtype == "float32" else "computes in float32 only"
+    if dtype != MIXED:
+        return None
     if backend != "cython":
         return "computes in float32 and float64 only"
     from fastdl.kernels.dense import _cython
@@ -230,6 +239,8 @@ Caller = Callable[[Sequence[Any], Mapping[str, Any], int], None]
 
 def caller(impl: Impl) -> Caller:
     """``call(arrays, arguments, threads)`` for one implementation: what an eager call costs beside the kernel."""
+    if impl.launches is not None:
+        return _device_caller(impl)
     if impl.native is None:
         return _python_caller(impl)
     from fastdl.kernels.engine import _cython as engine
@@ -268,6 +279,43 @@ def _python_caller(impl: Impl) -> Caller:
         fn(*arrays, **arguments, threads=threads)
 
     return call
+
+
+def _device_caller(impl: Impl) -> Caller:
+    """NumPy arrays to the GPU and back: a copy of every input and of every output."""
+    how = marshaller(impl.op)
+    spec = how.spec
+
+    def call(arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
+        params = {p.name: arguments.get(p.name, p.default) for p in spec.params}
+        runtime = {name: arguments[name] for name in spec.runtime if name in arguments}
+        gpu, taken = driver.current(), []
+
+        def room(size: int) -> int:
+            taken.append(gpu.allocate(size))
+            return taken[-1]
+
+        try:
+            views = []
+            for array, value in zip(spec.arrays, arrays, strict=True):
+                if value is not None and array.dtype == "T" and value.dtype != np.float32:
+                    raise TypeError(f"{impl.op}: CUDA kernels compute in float32, found {value.dtype}; use astype")
+                views.append(None if value is None else _copied(value, room(value.nbytes), gpu))
+            planner = Planner(_copied(run_block(rows=how.rows(arrays), **runtime), room(64), gpu), room)
+            gpu.run(impl.launches(views, params, planner))
+            for array, value, view in zip(spec.arrays, arrays, views, strict=True):
+                if value is not None and array.role != "in":
+                    value[...] = gpu.read(view.address, value.dtype, value.size).reshape(value.shape)
+        finally:
+            for address in taken:
+                gpu.free(address)
+
+    return call
+
+
+def _copied(array: np.ndarray, address: int, gpu: Any) -> View:
+    gpu.write(address, np.ascontiguousarray(array))
+    return View(address, array.shape, int(np.prod(array.shape[1:])), array.dtype)
 
 
 _callers: dict[tuple[str, str], Caller] = {}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 BACKENDS = ("cython", "numba", "numpy")  # in the order of preference of "auto"
+ALL_BACKENDS = (*BACKENDS, "cuda")  # "auto" stays on the CPU, where the caller's arrays are
 RUNTIME = ("step", "epoch", "first_row", "total_rows", "offset", "lr")
 DTYPES = {"T": None, "f8": np.float64, "i8": np.int64, "u4": np.uint32, "u1": np.bool_}
 
@@ -221,8 +222,8 @@ class Impl:
     launches: Callable[..., list[Any]] | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in (*BACKENDS, "cuda"):
-            raise ValueError(f"unknown back end {self.backend!r}, known: {(*BACKENDS, 'cuda')}")
+        if self.backend not in ALL_BACKENDS:
+            raise ValueError(f"unknown back end {self.backend!r}, known: {ALL_BACKENDS}")
         if self.fn is None and self.native is None and self.launches is None:
             raise ValueError(f"{self.op} on {self.backend}: neither a callable nor kernels nor launches were given")
 

@@ -15,7 +15,7 @@ from fastdl.kernels import dispatch, registry
 from fastdl.kernels.common import simd
 from fastdl.kernels.engine.panels import pack
 
-REASON = dispatch.refuses_mixed("cython")
+REASON = dispatch.refuses("cython", dispatch.MIXED)
 needs_bfloat16 = pytest.mark.skipif(REASON is not None, reason=f"mixed_bfloat16: {REASON}")
 #: Half a unit in the last of 8 bits.
 EPS = 2.0**-9

@@ -48,20 +48,25 @@ class Kernel:
         floats.
     doubles : str
         Why the kernel computes in float64, if it does: by accident none may.
+    registers : int
+        Most that a thread may use: 64 leave room for 1024 threads on a multiprocessor.
     """
 
     name: str
     function: Callable[..., None]
     arguments: tuple[tuple[str, str], ...]
     doubles: str = ""
+    registers: int = 64
 
 
-def kernel(signature: str, name: str | None = None, doubles: str = "") -> Callable[[Callable[..., None]], Kernel]:
+def kernel(
+    signature: str, name: str | None = None, doubles: str = "", registers: int = 64
+) -> Callable[[Callable[..., None]], Kernel]:
     """Declare a kernel: ``@kernel("T* x, T* y, i4 cols")``."""
     arguments = tuple(tuple(part.split()) for part in signature.split(","))
 
     def declare(function: Callable[..., None]) -> Kernel:
-        return Kernel(name or function.__name__, function, arguments, doubles)
+        return Kernel(name or function.__name__, function, arguments, doubles, registers)
 
     return declare
 
@@ -122,7 +127,7 @@ class Planner:
     """What a plan may ask for beside the op's own arrays: the run-time block and scratch memory."""
 
     run: View
-    allocate: Callable[[int], int]  # bytes -> address; zeros, for as long as the plan lives
+    allocate: Callable[[int], int]  # bytes -> address of zeros, for as long as the plan lives
     scratches: list[View] = field(default_factory=list)
 
     def scratch(self, *shape: int, dtype: Any = np.float32) -> View:

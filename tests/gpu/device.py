@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,20 +28,33 @@ def from_bfloat16(a: np.ndarray) -> np.ndarray:
     return (a.astype(np.uint32) << 16).view(np.float32)
 
 
+@dataclass
+class Replayed:
+    """What stands for a captured graph."""
+
+    device: Interpreted
+    launches: tuple[Launch, ...]
+
+    def replay(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.device.run(self.launches)
+
+
 class Interpreted:
     """Memory and launches."""
 
     def __init__(self) -> None:
         self.memory = Memory()
         self.launched: list[Launch] = []
+        self.freed: list[int] = []
 
     def allocate(self, size: int) -> int:
-        return self.memory.allocate(size)
-
-    def zeros(self, size: int) -> int:
-        address = self.memory.allocate(size)
+        address = self.memory.allocate(max(1, size))
         self.write(address, np.zeros(size, np.uint8))
         return address
+
+    def free(self, address: int) -> None:
+        self.freed.append(address)
 
     def write(self, address: int, array: np.ndarray) -> None:
         self.memory.write(address, array)
@@ -52,10 +67,17 @@ class Interpreted:
         Grid(module(launch.kernel, launch.dtype), launch.grid, launch.block, arguments, self.memory).run()
         self.launched.append(launch)
 
+    def run(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            self.launch(launch)
+
+    def graph(self, launches: Sequence[Launch]) -> Replayed:
+        return Replayed(self, tuple(launches))
+
     # ------------------------------------------------------------------ for tests of one op
     def planner(self, **run: float) -> Planner:
         """A plan that reads a run-time block of these values."""
-        return Planner(self.put(run_block(**run)), self.zeros)
+        return Planner(self.put(run_block(**run)), self.allocate)
 
     def put(self, array: np.ndarray | None, dtype: str = "", gap: int = 0, offset: int = 0) -> View | None:
         """A copy in device memory; ``gap`` elements between rows, ``offset`` bytes off the alignment."""

@@ -1,0 +1,1 @@
+"""Programs on a GPU: calls become launches (`plan`), launches one graph, arenas live in device memory (`executor`)."""

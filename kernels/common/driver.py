@@ -1,0 +1,189 @@
+"""The GPU that launches run on: memory, copies, launches and graphs of the CUDA driver, by cuda-bindings.
+
+Anything with the methods of `Driver` can stand in its place (`use`): the tests put an interpreter of the same PTX
+there. Addresses are numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastdl.errors import BackendUnavailable
+from fastdl.kernels.common.gpu import Kernel, Launch, View
+
+_TYPES = {"i4": ctypes.c_int32, "u4": ctypes.c_uint32, "f4": ctypes.c_float, "i8": ctypes.c_int64}
+_current: Any = None
+
+
+def use(device: Any) -> Any:
+    """Run on this device from now on; returns the one before."""
+    global _current
+    before, _current = _current, device
+    return before
+
+
+def current() -> Any:
+    """The device in use: the first GPU, unless `use` named another."""
+    global _current
+    if _current is None:
+        if why := missing():
+            raise BackendUnavailable(f"back end 'cuda' is not available: {why}")
+        _current = Driver()
+    return _current
+
+
+def missing() -> str | None:
+    """What is missing for a GPU, or None."""
+    if _current is not None:
+        return None
+    from fastdl.kernels.common import numba_cuda
+
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "the package cuda-bindings is not installed; run `pip install 'fastdl-kernels[cuda]'`"
+    if numba_cuda.MISSING:
+        return f"{numba_cuda.MISSING}; run `pip install 'fastdl-kernels[cuda]'`"
+    return _no_gpu()
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    from cuda.bindings import driver
+
+    try:
+        status, *_ = driver.cuInit(0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            return f"the NVIDIA driver does not start ({status.name})"
+        status, count = driver.cuDeviceGetCount()
+    except RuntimeError:  # cuda-bindings cannot load libcuda
+        return "no NVIDIA driver (libcuda) was found on this machine"
+    return None if count else "the NVIDIA driver sees no GPU"
+
+
+def _checked(found: tuple[Any, ...]) -> Any:
+    from cuda.bindings import driver
+
+    status, *values = found
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(status)
+        raise RuntimeError(f"CUDA: {status.name}, {text.decode() if text else 'unknown'}")
+    return values[0] if len(values) == 1 else values
+
+
+class Graph:
+    """Launches captured once; `replay` runs them without Python in between."""
+
+    def __init__(self, device: Driver, launches: Sequence[Launch]) -> None:
+        from cuda.bindings import driver
+
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        functions = [
+            device.function(launch.kernel, launch.dtype) for launch in launches
+        ]  # loading is no part of a graph
+        _checked(driver.cuStreamBeginCapture(device.stream, mode))
+        for function, launch in zip(functions, launches, strict=True):
+            device.enqueue(function, launch)
+        graph = _checked(driver.cuStreamEndCapture(device.stream))
+        self._device, self._driver, self._launches = device, driver, launches
+        self._executable = _checked(driver.cuGraphInstantiate(graph, 0))
+        _checked(driver.cuGraphDestroy(graph))
+        weakref.finalize(self, driver.cuGraphExecDestroy, self._executable)
+
+    def replay(self, times: int = 1) -> None:
+        for _ in range(times):
+            _checked(self._driver.cuGraphLaunch(self._executable, self._device.stream))
+
+
+class Driver:
+    """The first GPU, on a stream of its own."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        _checked(driver.cuInit(0))
+        self._device = _checked(driver.cuDeviceGet(0))
+        self._context = _checked(driver.cuDevicePrimaryCtxRetain(self._device))
+        self._enter()
+        self.stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        attribute = driver.CUdevice_attribute
+        self.cc = tuple(
+            _checked(driver.cuDeviceGetAttribute(part, self._device))
+            for part in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        self._functions: dict[tuple[str, str], Any] = {}
+
+    def _enter(self) -> None:
+        """Contexts belong to threads: whoever calls makes this one his."""
+        _checked(self._driver.cuCtxSetCurrent(self._context))
+
+    # ------------------------------------------------------------------ memory
+    def allocate(self, size: int) -> int:
+        """Address of zeros, a multiple of 256."""
+        self._enter()
+        address = int(_checked(self._driver.cuMemAlloc(max(1, size))))
+        _checked(self._driver.cuMemsetD8Async(address, 0, max(1, size), self.stream))
+        return address
+
+    def free(self, address: int) -> None:
+        self._enter()
+        _checked(self._driver.cuMemFree(address))
+
+    def write(self, address: int, array: np.ndarray) -> None:
+        """Copy a contiguous array in, behind everything on the stream."""
+        self._enter()
+        _checked(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self.stream))
+        _checked(self._driver.cuStreamSynchronize(self.stream))
+
+    def read(self, address: int, dtype: Any, count: int) -> np.ndarray:
+        self._enter()
+        found = np.empty(count, dtype)
+        _checked(self._driver.cuMemcpyDtoHAsync(found.ctypes.data, address, found.nbytes, self.stream))
+        _checked(self._driver.cuStreamSynchronize(self.stream))
+        return found
+
+    # ------------------------------------------------------------------ launches
+    def function(self, kernel: Kernel, dtype: str) -> Any:
+        """The loaded kernel for this GPU."""
+        from fastdl.kernels.common import numba_cuda
+
+        key = kernel.name, dtype
+        if key not in self._functions:
+            self._enter()
+            code, _ = numba_cuda.cubin(kernel, dtype, self.cc)
+            module = _checked(self._driver.cuModuleLoadData(code))
+            self._functions[key] = _checked(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
+        return self._functions[key]
+
+    def enqueue(self, function: Any, launch: Launch) -> None:
+        values, kinds = [], []
+        for (kind, _), argument in zip(launch.kernel.arguments, launch.arguments, strict=True):
+            pointer = kind.endswith("*")
+            values.append((argument.address if isinstance(argument, View) else 0) if pointer else argument)
+            kinds.append(ctypes.c_void_p if pointer else _TYPES[kind])
+        parameters = tuple(values), tuple(kinds)
+        _checked(
+            self._driver.cuLaunchKernel(function, *launch.grid, 1, *launch.block, 1, 0, self.stream, parameters, 0)
+        )
+
+    def run(self, launches: Sequence[Launch]) -> None:
+        self._enter()
+        for launch in launches:
+            self.enqueue(self.function(launch.kernel, launch.dtype), launch)
+
+    def graph(self, launches: Sequence[Launch]) -> Graph:
+        self._enter()
+        return Graph(self, launches)
+
+    def synchronize(self) -> None:
+        self._enter()
+        _checked(self._driver.cuStreamSynchronize(self.stream))

@@ -1,0 +1,183 @@
+"""Models on CUDA without a GPU: plans on paper, and whole training steps carried out by the interpreter of the PTX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import fastdl as fd
+from fastdl import layers
+from fastdl.kernels.common import driver, numba_cuda
+
+needs_compiler = pytest.mark.skipif(numba_cuda.MISSING is not None, reason=str(numba_cuda.MISSING))
+
+
+def plain(count: int, width: int = 32, outputs: int = 5) -> list[layers.Layer]:
+    """``count`` dense layers with ReLU between them."""
+    hidden = [layer for _ in range(count - 1) for layer in (layers.Dense(width), layers.ReLU())]
+    return [*hidden, layers.Dense(outputs)]
+
+
+def normalised(count: int, width: int = 32, outputs: int = 5) -> list[layers.Layer]:
+    """The same with batch normalisation and dropout."""
+    hidden = []
+    for _ in range(count - 1):
+        hidden += [layers.Dense(width, use_bias=False), layers.BatchNorm(), layers.ReLU(), layers.Dropout(0.25)]
+    return [*hidden, layers.Dense(outputs)]
+
+
+def launches(stack: list[layers.Layer], optimizer: str = "adam") -> int:
+    """Launches of a training step, without those that bring the batch in."""
+    net = fd.Sequential(stack, seed=1).compile("softmax_cross_entropy", optimizer, backend="numpy").build(20)
+    lines = net.plan("cuda", batch_size=64).splitlines()[2:]
+    return sum(not line.startswith("feed") for line in lines)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_launches_of_a_plain_step(count: int, optimizer: str) -> None:
+    assert launches(plain(count), optimizer) <= 3 * count + 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_launches_with_batch_normalisation_and_dropout(count: int) -> None:
+    assert launches(normalised(count)) <= 3 * count + 1 + 4 * (count - 1)
+
+
+def test_a_plan_is_printed_anywhere() -> None:
+    net = fd.Sequential(normalised(2), seed=1).compile("softmax_cross_entropy", backend="numpy").build(20)
+    text = net.plan("cuda", batch_size=1000)
+    assert "up to 1000 rows" in text
+    assert "batchnorm_forward" in text
+    assert "adam_step + adam_step" in text
+    with pytest.raises(ValueError, match=r"expected 'cuda', found 'numpy'"):
+        net.plan("numpy")
+
+
+def test_without_a_gpu_the_reason_is_told() -> None:
+    if fd.backends()["cuda"] == "available":
+        pytest.skip("a GPU is here")
+    with pytest.raises(fd.errors.BackendUnavailable, match=r"cuda.*(pip install|driver|GPU)"):
+        fd.Sequential(plain(2)).compile("mse", backend="cuda")
+
+
+# ---------------------------------------------------------------------------------------------- by the interpreter
+@pytest.fixture
+def interpreted() -> Iterator[object]:
+    from gpu.device import Interpreted
+
+    device = Interpreted()
+    before = driver.use(device)
+    yield device
+    driver.use(before)
+
+
+def pair(stack: list[layers.Layer], width: int, **settings: object) -> tuple[fd.Sequential, fd.Sequential]:
+    """The same net on NumPy and on CUDA."""
+    nets = []
+    for backend in ("numpy", "cuda"):
+        settings = {"loss": "softmax_cross_entropy", "optimizer": fd.optimizers.Adam(1e-2), **settings}
+        nets.append(fd.Sequential(stack, seed=3).compile(backend=backend, **settings).build(width))
+    return tuple(nets)
+
+
+def close(a: fd.Sequential, b: fd.Sequential, tolerance: float = 2e-5) -> None:
+    for name, value in a.weights.items():
+        np.testing.assert_allclose(
+            b.weights[name], value, rtol=0, atol=tolerance * max(1, np.abs(value).max()), err_msg=name
+        )
+
+
+def data(rows: int, width: int, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((rows, width)).astype(np.float32), rng.integers(0, classes, rows)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stack", [plain, normalised], ids=["plain", "normalised"])
+def test_training_steps_equal_those_of_numpy(stack, interpreted) -> None:
+    X, y = data(40, 20)
+    numpy_net, cuda_net = pair(stack(2), 20)
+    for rows in (40, 23):  # a smaller batch runs on the same plan
+        losses = [net.train_on_batch(X[:rows], y[:rows]) for net in (numpy_net, cuda_net)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    close(numpy_net, cuda_net)
+    assert len(interpreted.launched) > 10
+
+
+@needs_compiler
+def test_an_epoch_of_graphs_equals_one_of_numpy(interpreted) -> None:
+    X, y = data(70, 20)
+    nets = pair(normalised(3), 20)
+    histories = [net.fit(X, y, batch_size=32, epochs=2, verbose=0) for net in nets]
+    np.testing.assert_allclose(histories[1]["loss"], histories[0]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(histories[1]["accuracy"], histories[0]["accuracy"])
+    close(*nets)
+    np.testing.assert_allclose(nets[1].predict(X[:9]), nets[0].predict(X[:9]), atol=1e-4)
+    found = [net.evaluate(X, y) for net in nets]
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
+
+
+@needs_compiler
+def test_fused_equals_plain_and_runs_repeat(interpreted) -> None:
+    X, y = data(33, 20)
+    states = []
+    for fuse in (True, True, False):
+        net = fd.Sequential(normalised(2), seed=3).compile("softmax_cross_entropy", backend="cuda", fuse=fuse)
+        net.train_on_batch(X, y)
+        states.append(net.get_state())
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(states[1][name], value)
+        np.testing.assert_allclose(states[2][name], value, rtol=0, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "clipped"])
+def test_optimisers(optimizer: str, interpreted) -> None:
+    X, y = data(24, 12)
+    made = {
+        "sgd": fd.optimizers.SGD(0.1, momentum=0.9, nesterov=True, l2=1e-3),
+        "adamw": fd.optimizers.AdamW(1e-2, weight_decay=0.1),
+        "clipped": fd.optimizers.Adam(1e-2, clip_norm=0.05),
+    }[optimizer]
+    nets = pair(plain(2), 12, optimizer=made)
+    for net in nets:
+        net.train_on_batch(X, y)
+        net.train_on_batch(X, y)
+    close(*nets)
+
+
+@needs_compiler
+def test_loops_of_the_users_own_and_weights_that_are_set(interpreted) -> None:
+    X, _ = data(17, 12)
+    nets = pair(plain(2), 12)
+    found = []
+    for net in nets:
+        net.weights["dense_0/bias"] = np.full(32, 0.25)
+        net.forward(X, training=True)
+        dx = net.backward(np.ones((17, 5), np.float32))
+        net.backward(np.ones((17, 5), np.float32), accumulate=True)
+        net.update()
+        found.append((dx, net.gradients["dense_0/kernel"], net.weights["dense_1/kernel"]))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_eager_calls_copy_to_the_device_and_back(interpreted) -> None:
+    x = np.linspace(-2, 2, 60, dtype=np.float32).reshape(5, 12)
+    y, ctx = fd.ops.relu_forward(x, backend="cuda")
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+    np.testing.assert_array_equal(fd.ops.relu_backward(np.ones_like(x), ctx), (x > 0).astype(np.float32))
+    mask = fd.random.dropout_mask((9, 21), 0.3, seed=5, layer=2, step=7, backend="cuda")
+    np.testing.assert_array_equal(mask, fd.random.dropout_mask((9, 21), 0.3, seed=5, layer=2, step=7, backend="numpy"))
+    with pytest.raises(TypeError, match=r"float32, found float64"):
+        fd.ops.relu_forward(x.astype(np.float64), backend="cuda")
+    assert len(interpreted.freed) > 5
+
+
+def test_other_types_are_refused(interpreted) -> None:
+    with pytest.raises(fd.errors.BackendUnavailable, match=r"float32 only"):
+        fd.Sequential(plain(2)).compile("mse", backend="cuda", dtype="float64")
