@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -64,13 +66,21 @@ def test_without_a_gpu_the_reason_is_told() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- by the interpreter
-@pytest.fixture
-def interpreted() -> Iterator[object]:
+@pytest.fixture(
+    params=[
+        pytest.param("interpreted", marks=needs_compiler),
+        pytest.param("gpu", marks=pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where launches run: in the interpreter, and on a GPU where there is one."""
+    if request.param == "gpu":
+        yield "gpu"
+        return
     from gpu.device import Interpreted
 
-    device = Interpreted()
-    before = driver.use(device)
-    yield device
+    before = driver.use(Interpreted())
+    yield "interpreted"
     driver.use(before)
 
 
@@ -95,20 +105,17 @@ def data(rows: int, width: int, classes: int = 5) -> tuple[np.ndarray, np.ndarra
     return rng.standard_normal((rows, width)).astype(np.float32), rng.integers(0, classes, rows)
 
 
-@needs_compiler
 @pytest.mark.parametrize("stack", [plain, normalised], ids=["plain", "normalised"])
-def test_training_steps_equal_those_of_numpy(stack, interpreted) -> None:
+def test_training_steps_equal_those_of_numpy(stack, device) -> None:
     X, y = data(40, 20)
     numpy_net, cuda_net = pair(stack(2), 20)
     for rows in (40, 23):  # a smaller batch runs on the same plan
         losses = [net.train_on_batch(X[:rows], y[:rows]) for net in (numpy_net, cuda_net)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     close(numpy_net, cuda_net)
-    assert len(interpreted.launched) > 10
 
 
-@needs_compiler
-def test_an_epoch_of_graphs_equals_one_of_numpy(interpreted) -> None:
+def test_an_epoch_of_graphs_equals_one_of_numpy(device) -> None:
     X, y = data(70, 20)
     nets = pair(normalised(3), 20)
     histories = [net.fit(X, y, batch_size=32, epochs=2, verbose=0) for net in nets]
@@ -120,8 +127,7 @@ def test_an_epoch_of_graphs_equals_one_of_numpy(interpreted) -> None:
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
 
 
-@needs_compiler
-def test_fused_equals_plain_and_runs_repeat(interpreted) -> None:
+def test_fused_equals_plain_and_runs_repeat(device) -> None:
     X, y = data(33, 20)
     states = []
     for fuse in (True, True, False):
@@ -133,9 +139,8 @@ def test_fused_equals_plain_and_runs_repeat(interpreted) -> None:
         np.testing.assert_allclose(states[2][name], value, rtol=0, atol=1e-5)
 
 
-@needs_compiler
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "clipped"])
-def test_optimisers(optimizer: str, interpreted) -> None:
+def test_optimisers(optimizer: str, device) -> None:
     X, y = data(24, 12)
     made = {
         "sgd": fd.optimizers.SGD(0.1, momentum=0.9, nesterov=True, l2=1e-3),
@@ -149,8 +154,7 @@ def test_optimisers(optimizer: str, interpreted) -> None:
     close(*nets)
 
 
-@needs_compiler
-def test_loops_of_the_users_own_and_weights_that_are_set(interpreted) -> None:
+def test_loops_of_the_users_own_and_weights_that_are_set(device) -> None:
     X, _ = data(17, 12)
     nets = pair(plain(2), 12)
     found = []
@@ -165,8 +169,7 @@ def test_loops_of_the_users_own_and_weights_that_are_set(interpreted) -> None:
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
-@needs_compiler
-def test_eager_calls_copy_to_the_device_and_back(interpreted) -> None:
+def test_eager_calls_copy_to_the_device_and_back(device) -> None:
     x = np.linspace(-2, 2, 60, dtype=np.float32).reshape(5, 12)
     y, ctx = fd.ops.relu_forward(x, backend="cuda")
     np.testing.assert_array_equal(y, np.maximum(x, 0))
@@ -175,9 +178,23 @@ def test_eager_calls_copy_to_the_device_and_back(interpreted) -> None:
     np.testing.assert_array_equal(mask, fd.random.dropout_mask((9, 21), 0.3, seed=5, layer=2, step=7, backend="numpy"))
     with pytest.raises(TypeError, match=r"float32, found float64"):
         fd.ops.relu_forward(x.astype(np.float64), backend="cuda")
-    assert len(interpreted.freed) > 5
 
 
-def test_other_types_are_refused(interpreted) -> None:
+@needs_compiler
+def test_a_model_that_is_dropped_gives_its_memory_back() -> None:
+    gpu = importlib.import_module("gpu.device").Interpreted()
+    before = driver.use(gpu)
+    try:
+        X, y = data(8, 12)
+        net = fd.Sequential(plain(2), seed=3).compile("softmax_cross_entropy", backend="cuda")
+        net.train_on_batch(X, y)
+        del net
+        gc.collect()
+        assert len(gpu.freed) == len(set(gpu.freed)) == gpu.allocated > 5
+    finally:
+        driver.use(before)
+
+
+def test_other_types_are_refused(device) -> None:
     with pytest.raises(fd.errors.BackendUnavailable, match=r"float32 only"):
         fd.Sequential(plain(2)).compile("mse", backend="cuda", dtype="float64")

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from fastdl.cuda.plan import Step, steps_of
+from fastdl.errors import BackendUnavailable
 from fastdl.executor import Executor, Memory, Run
+from fastdl.kernels import dispatch, registry
 from fastdl.kernels.common.gpu import Launch, Planner, View, run_block
-from fastdl.program import PHASES, Buffer, Program
+from fastdl.program import PHASES, Buffer, Call, Program
 
 
 class Pool:
@@ -98,6 +100,14 @@ class CudaExecutor(Executor):
         self._folded = -1
         self._written = {b for call in program.calls for b in call.writes if b.kind == "slot"}
 
+    def _choose(self, call: Call) -> registry.Impl:
+        """Launches can be planned without a GPU."""
+        dispatch.load_cuda()
+        found = registry.find(call.op, "cuda")
+        if found is None:
+            raise BackendUnavailable(f"back end 'cuda' cannot run {call.op}: it has no kernel for it")
+        return found
+
     def _storage(self, size: int) -> int:
         return self._pool.allocate(size)
 
@@ -152,6 +162,10 @@ class CudaExecutor(Executor):
             self._graphs[phases] = self.device.graph(launches) if launches else None
         if self._graphs[phases] is not None:
             self._graphs[phases].replay()
+
+    def graph_of_step(self) -> Any:
+        """All phases as one graph, for measurements: replayed, it repeats the last step."""
+        return self.device.graph(self.launches(*PHASES))
 
     def _begin(self, run: Run, **more: int) -> None:
         values = {name: getattr(run, name) for name in ("rows", "step", "epoch", "first_row", "offset", "lr")}

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fastdl.kernels.activations import rows_cuda as rows_cuda  # registers softmax and the slopes per column
 from fastdl.kernels.activations.points import NEAR, POINTS
 from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common.gpu import Kernel, Launch, Planner, View, float_type, kernel, spans

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,13 @@ import numpy as np
 from fastdl.errors import BackendUnavailable
 from fastdl.kernels.common.gpu import Kernel, Launch, View
 
-_TYPES = {"i4": ctypes.c_int32, "u4": ctypes.c_uint32, "f4": ctypes.c_float, "i8": ctypes.c_int64}
+_TYPES = {
+    "i4": ctypes.c_int32,
+    "u4": ctypes.c_uint32,
+    "f4": ctypes.c_float,
+    "i8": ctypes.c_int64,
+    "f8": ctypes.c_double,
+}
 _current: Any = None
 
 
@@ -73,7 +79,7 @@ def _checked(found: tuple[Any, ...]) -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(status)
         raise RuntimeError(f"CUDA: {status.name}, {text.decode() if text else 'unknown'}")
-    return values[0] if len(values) == 1 else values
+    return values[0] if values else None
 
 
 class Graph:
@@ -154,13 +160,12 @@ class Driver:
     # ------------------------------------------------------------------ launches
     def function(self, kernel: Kernel, dtype: str) -> Any:
         """The loaded kernel for this GPU."""
-        from fastdl.kernels.common import numba_cuda
+        from fastdl.kernels.common import cubins
 
         key = kernel.name, dtype
         if key not in self._functions:
             self._enter()
-            code, _ = numba_cuda.cubin(kernel, dtype, self.cc)
-            module = _checked(self._driver.cuModuleLoadData(code))
+            module = _checked(self._driver.cuModuleLoadData(cubins.code(kernel, dtype, self.cc)))
             self._functions[key] = _checked(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
         return self._functions[key]
 
@@ -183,6 +188,27 @@ class Driver:
     def graph(self, launches: Sequence[Launch]) -> Graph:
         self._enter()
         return Graph(self, launches)
+
+    def seconds(self, replayed: Graph, times: int) -> float:
+        """Seconds on the GPU for so many replays."""
+        return self._timed(lambda: replayed.replay(times))
+
+    def seconds_of_copy(self, target: int, source: int, size: int) -> float:
+        """Seconds on the GPU for the driver's own copy of so many bytes within device memory."""
+        return self._timed(lambda: _checked(self._driver.cuMemcpyDtoDAsync(target, source, size, self.stream)))
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        """Seconds between two events around some work."""
+        self._enter()
+        events = [_checked(self._driver.cuEventCreate(0)) for _ in range(2)]
+        _checked(self._driver.cuEventRecord(events[0], self.stream))
+        work()
+        _checked(self._driver.cuEventRecord(events[1], self.stream))
+        _checked(self._driver.cuEventSynchronize(events[1]))
+        milliseconds = _checked(self._driver.cuEventElapsedTime(*events))
+        for event in events:
+            _checked(self._driver.cuEventDestroy(event))
+        return milliseconds / 1e3
 
     def synchronize(self) -> None:
         self._enter()

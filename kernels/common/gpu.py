@@ -30,6 +30,7 @@ def run_block(**values: float) -> np.ndarray:
 
 
 THREADS = 256  # of a block, where nothing speaks for another number
+ROOM = 8 * THREADS  # floats of shared memory, eight a thread
 MAX_GRID_Y = 65535
 
 
@@ -44,7 +45,7 @@ class Kernel:
     function : callable
         Python code for numba-cuda.
     arguments : tuple of (kind, name)
-        ``kind`` is "i4", "u4", "f4", "i8", or a pointer: one of them or "f8" with ``*``, "u1*", or "T*" to the op's
+        ``kind`` is "i4", "u4", "f4", "i8", "f8", or a pointer: one of them with ``*``, "u1*", or "T*" to the op's
         floats.
     doubles : str
         Why the kernel computes in float64, if it does: by accident none may.
@@ -153,3 +154,24 @@ def spans(rows: int, cols: int) -> tuple[tuple[int, int], tuple[int, int]]:
         across *= 2
     down = THREADS // across
     return (-(-blocks // across), min(MAX_GRID_Y, max(1, -(-rows // down)))), (across, down)
+
+
+#: Rows of a strip that a thread sums before the strip is cut (the cut's sums cost another trip to memory), and after
+#: which it is cut even without idle multiprocessors, so that blocks are many and short beside the last ones to end.
+LEAST_ROWS, MOST_ROWS = 8, 32
+BLOCKS = 4 * 132  # on the device at a time: an H200
+
+
+def strips(rows: int, cols: int, across: int, least: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block where a thread stays with its eight columns: their constants or sums are in its registers.
+
+    The grid's x counts strips of ``8 * across`` columns (less for a narrow matrix), its y the blocks that share the
+    rows of a strip, every so many rows each: at least ``least`` a thread.
+    """
+    blocks = max(1, -(-cols // 8))
+    while across // 2 >= blocks:
+        across //= 2
+    down = THREADS // across
+    wide = -(-blocks // across)
+    cuts = min(-(-rows // (least * down)), max(-(-BLOCKS // wide), -(-rows // (MOST_ROWS * down))))
+    return (wide, min(MAX_GRID_Y, max(1, cuts))), (across, down)

@@ -23,13 +23,27 @@ from typing import Any
 import numpy as np
 
 from fastdl.errors import BackendUnavailable
-from fastdl.kernels.common.gpu import ROWS, Kernel
+from fastdl.kernels.common.gpu import ROWS, THREADS, Kernel
 
 #: Why nothing can be compiled, or None.
 MISSING = None if importlib.util.find_spec("numba_cuda") else "the package numba-cuda is not installed (extra: cuda)"
 f4, i4, u4, i8 = np.float32, np.int32, np.uint32, np.int64
 #: Compute capabilities that the ahead-of-time build makes cubins for.
 ARCHITECTURES = ((8, 0), (9, 0), (10, 0), (12, 0))
+
+
+def _with_arity(apply: Callable[..., Any], arity: int) -> Callable[..., Any]:
+    """Numba reads the number of arguments from the signature."""
+    if arity == 1:
+        return lambda typing, a: apply(typing, a)
+    if arity == 2:
+        return lambda typing, a, b: apply(typing, a, b)
+    if arity == 3:
+        return lambda typing, a, b, c: apply(typing, a, b, c)
+    if arity == 4:
+        return lambda typing, a, b, c, d: apply(typing, a, b, c, d)
+    return lambda typing, a, b, c, d, e: apply(typing, a, b, c, d, e)
+
 
 if MISSING is None:
     if not hasattr(np, "row_stack"):
@@ -112,6 +126,22 @@ if MISSING is None:
         return types.void(p, i, t), generate
 
     @intrinsic
+    def store4(typing, p, i, t):
+        """Store four float32 from index ``i`` on; the address is a multiple of 16 bytes."""
+        if p != _F4:
+            return None
+
+        def generate(context, builder, signature, arguments):
+            pointer, index, values = arguments
+            four = ir.Constant(ir.VectorType(_FLOAT, 4), ir.Undefined)
+            for k in range(4):
+                four = builder.insert_element(four, builder.extract_value(values, k), _index(k))
+            builder.store(four, _address(builder, pointer, index, four.type)).align = 16
+            return context.get_dummy_value()
+
+        return types.void(p, i, t), generate
+
+    @intrinsic
     def load(typing, p, i):
         """One float."""
         if p not in (_F4, _U2):
@@ -147,6 +177,17 @@ if MISSING is None:
         return types.float32(types.uint32), lambda context, builder, signature, arguments: builder.bitcast(
             arguments[0], _FLOAT
         )
+
+    @intrinsic
+    def opaque(typing, word):
+        """A 32-bit word of which the compiler knows nothing: what is made from it is made where it stands, not once
+        before a loop to wait in registers."""
+
+        def generate(context, builder, signature, arguments):
+            kind = ir.FunctionType(_WORD, [_WORD])
+            return builder.call(ir.InlineAsm(kind, "mov.b32 $0, $1;", "=r,r", side_effect=True), arguments)
+
+        return types.uint32(types.uint32), generate
 
     @intrinsic
     def wide_product(typing, a, b):
@@ -221,7 +262,7 @@ if MISSING is None:
         point = _device(function)
 
         def apply(typing, *given):
-            several = [isinstance(kind, types.BaseTuple) for kind in given]
+            several = [isinstance(kind, types.BaseTuple) and len(kind) == 8 for kind in given]
             kinds = tuple(kind.dtype if many else kind for kind, many in zip(given, several, strict=True))
             callee = typing.resolve_value_type(point)
             called = typing.resolve_function_type(callee, kinds, {})
@@ -239,6 +280,146 @@ if MISSING is None:
 
         return intrinsic(_with_arity(apply, arity))
 
+    # -------------------------------------------------------------------------------------- ends of rows
+    _PLACES = tuple(range(8))
+
+    def _load_one(k, p, i, n, other):
+        return load(p, i + k) if k < n else other
+
+    def _store_one(k, v, p, i, n):
+        if k < n:
+            store(p, i + k, v)
+        return k
+
+    _load_each, _store_each = each(_load_one, 5), each(_store_one, 5)
+
+    @_device
+    def load_some(p, i, n, other):
+        """Eight floats from index ``i`` on, one by one; ``other`` from the n-th on. Any address will do."""
+        return _load_each(_PLACES, p, i, n, other)
+
+    @_device
+    def store_some(p, i, t, n):
+        """Store the first n of eight floats, one by one."""
+        _store_each(_PLACES, t, p, i, n)
+
+    @_device
+    def take8(p, i, n, whole, other):
+        """`load8` where a thread's eight columns are there, aligned and ``whole``, else `load_some`."""
+        return load8(p, i) if whole else load_some(p, i, n, other)
+
+    @_device
+    def give8(p, i, t, n, whole):
+        """As `take8`."""
+        if whole:
+            store8(p, i, t)
+        else:
+            store_some(p, i, t, n)
+
+    # -------------------------------------------------------------------------------------- sums over rows
+    def _add(a, b):
+        return a + b
+
+    add8 = each(_add, 2)
+
+    @_device
+    def place():
+        """This thread's number within its block."""
+        return i4(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
+
+    def _lay_one(k, v, room, at):
+        room[k * THREADS + at] = v
+        return k
+
+    def _pick_one(k, room, at):
+        return room[k * THREADS + at]
+
+    _lay_each, _pick_each = each(_lay_one, 4), each(_pick_one, 3)
+
+    @_device
+    def lay8(room, at, t):
+        """A thread's eight floats into shared memory, THREADS apart so that no two lanes share a bank."""
+        _lay_each(_PLACES, t, room, at)
+
+    @_device
+    def pick8(room, at):
+        """What thread ``at`` has laid down."""
+        return _pick_each(_PLACES, room, at)
+
+    @_device
+    def column_place():
+        """Where the block's first row of threads lays down the float of the column that has this thread's number."""
+        return (place() & i4(7)) * THREADS + (place() >> i4(3))
+
+    @_device
+    def sum_down(room, t):
+        """Sums over a block's rows of threads, THREADS in all and a power of 2 down, in a fixed tree.
+
+        Each thread brings eight columns; thread k gets the sum of the block's column k, those beyond the last get
+        anything. No thread may be missing. ``room`` is cuda.shared.array(ROOM, f4), the kernel's since a call that
+        made one would make another one wherever it stands.
+        """
+        at, half = place(), cuda.blockDim.y >> 1
+        while half > 0:  # each level has places of its own: one barrier is enough
+            if half <= cuda.threadIdx.y < 2 * half:
+                lay8(room, at, t)
+            sync()
+            if cuda.threadIdx.y < half:
+                t = add8(t, pick8(room, at + half * cuda.blockDim.x))
+            half >>= 1
+        if cuda.threadIdx.y == 0:
+            lay8(room, at, t)
+        sync()
+        total = room[column_place()]
+        sync()
+        return total
+
+    @_device
+    def sum_blocks(room, partial, first, c, columns):
+        """Sums over the grid's y of partial results (blocks, columns) from row ``first`` on: as `sum_down`."""
+        t = (f4(0), f4(0), f4(0), f4(0), f4(0), f4(0), f4(0), f4(0))
+        block = cuda.threadIdx.y
+        while block < cuda.gridDim.y:
+            t = add8(t, load8(partial, (first + block) * columns + c))
+            block += cuda.blockDim.y
+        return sum_down(room, t)
+
+    @_device
+    def sum_of_block(room, v):
+        """The sum of one number a thread over a block of THREADS, in a fixed tree, for every thread.
+
+        ``room`` are as many numbers of shared memory, free again afterwards.
+        """
+        at, half = place(), THREADS >> 1
+        room[at] = v
+        while half > 0:
+            sync()
+            if at < half:
+                room[at] += room[at + half]
+            half >>= 1
+        sync()
+        total = room[0]
+        sync()
+        return total
+
+    @_device
+    def arrives_last(counters, i, blocks):
+        """Whether this block is the last of so many to get here, and so may read what all of them have written.
+
+        All threads of a block get the same answer. Once in a kernel; the counter is zero again afterwards.
+        """
+        told = cuda.shared.array(1, i4)
+        cuda.threadfence()
+        sync()
+        if place() == 0:
+            told[0] = i4(0)
+            if count_up(counters, i) == u4(blocks - 1):
+                told[0] = i4(1)
+                counters[i] = u4(0)
+        sync()
+        cuda.threadfence()
+        return told[0] != 0
+
 else:
 
     def point(function: Callable[..., Any]) -> Any:
@@ -246,19 +427,6 @@ else:
 
     def each(function: Callable[..., Any], arity: int) -> Any:
         return function
-
-
-def _with_arity(apply: Callable[..., Any], arity: int) -> Callable[..., Any]:
-    """Numba reads the number of arguments from the signature."""
-    if arity == 1:
-        return lambda typing, a: apply(typing, a)
-    if arity == 2:
-        return lambda typing, a, b: apply(typing, a, b)
-    if arity == 3:
-        return lambda typing, a, b, c: apply(typing, a, b, c)
-    if arity == 4:
-        return lambda typing, a, b, c, d: apply(typing, a, b, c, d)
-    return lambda typing, a, b, c, d, e: apply(typing, a, b, c, d, e)
 
 
 # ---------------------------------------------------------------------------------------------------- compilation
@@ -285,13 +453,25 @@ def ptx(kernel: Kernel, dtype: str = "float32", cc: tuple[int, int] = (9, 0)) ->
 
 
 def cubin(kernel: Kernel, dtype: str = "float32", cc: tuple[int, int] = (9, 0)) -> tuple[bytes, str]:
-    """Machine code of a kernel, and the assembler's report on registers, stack and spills."""
+    """Machine code of a kernel, and the assembler's report on registers, stack and spills.
+
+    The kernel's budget of registers is imposed only where the assembler overdraws it: under a limit it spills some that
+    it does not need without one.
+    """
+    text = ptx(kernel, dtype, cc).encode()
+    code, report = _assembled(kernel.name, text, cc)
+    if int(re.search(r"Used (\d+) registers", report)[1]) > kernel.registers:
+        code, report = _assembled(kernel.name, text, cc, f"-maxrregcount={kernel.registers}")
+    return code, report
+
+
+def _assembled(name: str, text: bytes, cc: tuple[int, int], *options: str) -> tuple[bytes, str]:
     from cuda.bindings import nvjitlink
 
-    text = ptx(kernel, dtype, cc).encode()
-    handle = nvjitlink.create(2, [f"-arch=sm_{cc[0]}{cc[1]}", "-verbose"])
+    options = (f"-arch=sm_{cc[0]}{cc[1]}", "-verbose", *options)
+    handle = nvjitlink.create(len(options), options)
     try:
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, text, len(text), kernel.name)
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, text, len(text), name)
         nvjitlink.complete(handle)
         code = bytearray(nvjitlink.get_linked_cubin_size(handle))
         nvjitlink.get_linked_cubin(handle, code)

@@ -47,8 +47,10 @@ class Interpreted:
         self.memory = Memory()
         self.launched: list[Launch] = []
         self.freed: list[int] = []
+        self.allocated = 0
 
     def allocate(self, size: int) -> int:
+        self.allocated += 1
         address = self.memory.allocate(max(1, size))
         self.write(address, np.zeros(size, np.uint8))
         return address
@@ -87,7 +89,7 @@ class Interpreted:
         rows, cols = (kept.shape[0], kept.shape[1]) if kept.ndim == 2 else (1, kept.size)
         stride = cols + (gap if kept.ndim == 2 else 0)
         size = max(0, (rows - 1) * stride + cols) * kept.itemsize
-        address = self.memory.allocate(max(size, 1), offset)
+        address = self.memory.allocate(max(size, 1), offset and max(offset, kept.itemsize))  # items stay aligned
         for r in range(rows):
             self.write(address + r * stride * kept.itemsize, kept.reshape(rows, cols)[r])
         kind = "bfloat16" if kept.dtype == np.uint16 else kept.dtype

@@ -479,6 +479,14 @@ def _one(g: Grid, i: Instruction, active: np.ndarray | None) -> None:
     g.put(i.operands[0], one.astype(a.dtype) if a.dtype.kind == "f" else one, active)
 
 
+def _insert(g: Grid, i: Instruction, active: np.ndarray | None) -> None:
+    """bfi: the low bits of a, so many, in the place of b's bits from a position on."""
+    a, b = (g.get(operand, i.kind) for operand in i.operands[1:3])
+    position, length = (g.get(operand, "u32").astype(a.dtype) for operand in i.operands[3:5])
+    ones = _shift(~_shift(~np.zeros_like(a), length, True), position, True)
+    g.put(i.operands[0], (_shift(a, position, True) & ones) | (b & ~ones), active)
+
+
 def _shuffle(g: Grid, i: Instruction, active: np.ndarray | None) -> None:
     if i.kind != "b32":
         raise Trap(f"unknown instruction: {i.text}")
@@ -525,7 +533,7 @@ def _cvta(g: Grid, i: Instruction, active: np.ndarray | None) -> None:
 
 OPERATIONS: dict[str, Callable[[Grid, Instruction, np.ndarray | None], None]] = {
     "ld": _load, "st": _store, "mov": _mov, "cvt": _cvt, "cvta": _cvta, "setp": _setp, "selp": _selp, "shfl": _shuffle,
-    "atom": _atomic, "red": _atomic, "membar": _nothing, "fence": _nothing, "bar.warp": _nothing,
+    "bfi": _insert, "atom": _atomic, "red": _atomic, "membar": _nothing, "fence": _nothing, "bar.warp": _nothing,
     **dict.fromkeys(("mul", "mad", "fma"), _multiply),
     **dict.fromkeys(("add", "sub", "and", "or", "xor", "div", "rem", "min", "max", "shl", "shr"), _two),
     **dict.fromkeys(("neg", "abs", "not", "sqrt", "rcp", "rsqrt", "ex2", "lg2", "popc", "clz"), _one),
