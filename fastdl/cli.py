@@ -129,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--backend", default="auto", help="auto, cython, numba or numpy")
         command.add_argument("--threads", type=_threads, default="auto", help="auto, or a number")
 
+    cubins = commands.add_parser(
+        "cubins", help="compile the CUDA kernels, without a GPU; they join the next wheel", formatter_class=show
+    )
+    cubins.set_defaults(run=_cubins)
+    cubins.add_argument("--into", default=None, metavar="DIR", help="instead of the installation's own folder")
+    cubins.add_argument("--arch", default="80,90,100,120", help="compute capabilities")
+    cubins.add_argument("--only", default="", help="a regular expression over the names of kernels")
+
     info = commands.add_parser("info", help="version, SIMD level, threads and back ends, and why")
     info.set_defaults(run=_info)
     info.add_argument("--ops", action="store_true", help="the table of ops by back end, in Markdown")
@@ -326,6 +334,20 @@ def _info(options: argparse.Namespace) -> None:
     print(f"back end by default {config.resolve_backend()}")
     for name, state in available.items():
         print(f"  {name}: {state}")
+
+
+def _cubins(options: argparse.Namespace) -> None:
+    from fastdl.cuda import ahead
+    from fastdl.kernels.common import cubins
+
+    if not re.fullmatch(r"\d{2,3}(,\d{2,3})*", options.arch):
+        raise ValueError(f"--arch: expected compute capabilities like 80,90, found {options.arch!r}")
+    chosen = [kernel for kernel in ahead.kernels() if re.search(options.only, kernel.name)]
+    architectures = [(int(text[:-1]), int(text[-1])) for text in options.arch.split(",")]
+    folder = pathlib.Path(options.into or cubins.PACKED)
+    start = time.perf_counter()
+    count = cubins.build(chosen, architectures, folder)
+    print(f"{count} cubins of {len(chosen)} kernels in {folder} ({time.perf_counter() - start:.0f} s)")
 
 
 def _bfloat16() -> str:

@@ -151,7 +151,7 @@ class Loss:
         return values
 
 
-_KNOWN = {
+KNOWN = {
     loss.name: loss
     for loss in (
         Loss("softmax_cross_entropy", "softmax_cross_entropy", "labels", "softmax_cross_entropy_onehot", "accuracy"),
@@ -165,7 +165,7 @@ def get(loss: str | Loss) -> Loss:
     """A loss by name, or the instance that was given."""
     if isinstance(loss, Loss):
         return loss
-    found = _KNOWN.get(loss) if isinstance(loss, str) else None
+    found = KNOWN.get(loss) if isinstance(loss, str) else None
     if found is None:
-        raise ValueError(f"unknown loss {loss!r}, known: {', '.join(sorted(_KNOWN))}")
+        raise ValueError(f"unknown loss {loss!r}, known: {', '.join(sorted(KNOWN))}")
     return found

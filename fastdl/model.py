@@ -16,6 +16,7 @@ from fastdl.errors import BackendUnavailable, ModelFileError
 from fastdl.executor import Run
 from fastdl.inputs import as_matrix, as_weights, split_validation, whole_number
 from fastdl.kernels import dispatch
+from fastdl.kernels.common.gpu import Launch
 from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
@@ -370,6 +371,11 @@ class Sequential:
         whole_number(batch_size, "batch_size")
         with self._lock:
             return self._ready().plan(batch_size)
+
+    def launches(self, batch_size: int) -> list[Launch]:
+        """Every launch of this model on a GPU: training, validation, prediction and loops of the user's own."""
+        with self._lock:
+            return [launch for e in self._ready().on_paper(batch_size) for step in e.plan for launch in step.launches]
 
     def explain(self) -> str:
         """Which back end runs this model with how many threads, and why not another."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from fastdl.losses import Loss
 from fastdl.optimizers import Optimizer
 from fastdl.parameters import Weights
 from fastdl.program import Program
+
+if TYPE_CHECKING:
+    from fastdl.cuda.executor import CudaExecutor
 
 #: Bound Programs kept: growing batches would otherwise pile up arenas.
 KEPT = 8
@@ -244,19 +247,28 @@ class Runtime:
         feed = Feed(labels=s.loss.target_kind == "labels")
         return self.builder.train(32, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse)[0]
 
+    def on_paper(self, rows: int) -> Iterator[CudaExecutor]:
+        """The model's Programs bound to a GPU that hands out addresses and no more; the training step comes first."""
+        from fastdl.cuda.plan import Paper
+
+        builder, s = self.builder, self.settings
+        memory, moments = builder.memory(False, s.optimizer, Paper())
+        made = [builder.loop(rows, s.optimizer, memory, moments, s.fuse), builder.predict(rows, memory, s.fuse)]
+        if s.loss is not None:
+            feed = Feed(rows, labels=s.loss.target_kind == "labels")
+            others = replace(feed, rows=0), replace(feed, shuffle=False, weighted=True), replace(feed, labels=False)
+            for given in (*others, feed):
+                made.insert(0, builder.evaluate(rows, given, s.loss, memory, s.fuse))
+                made.insert(0, builder.train(rows, given, s.loss, s.optimizer, memory, moments, s.fuse))
+        return (builder.bound(program, memory, "cuda", 1).executor for program in made)
+
     def plan(self, rows: int) -> str:
         """The launches of a training step on a GPU, or of the user's own loop without a loss."""
-        from fastdl.cuda.plan import Paper, described
+        from fastdl.cuda.plan import described
 
-        s = replace(self.settings, dtype="float32")
-        memory, moments = self.builder.memory(False, s.optimizer, Paper())
-        if s.loss is None:
-            made = self.builder.loop(rows, s.optimizer, memory, moments, s.fuse)
-        else:
-            feed = Feed(rows, labels=s.loss.target_kind == "labels")
-            made = self.builder.train(rows, feed, s.loss, s.optimizer, memory, moments, s.fuse)
-        executor = self.builder.bound(made, memory, "cuda", 1).executor
-        return described(made[0], executor.plan, sum(v.shape[0] * v.itemsize for v in executor.planner.scratches))
+        executor = next(self.on_paper(rows))
+        scratch = sum(v.shape[0] * v.itemsize for v in executor.planner.scratches)
+        return described(executor.program, executor.plan, scratch)
 
     def _capacity(self, kind: str, setting: Any, rows: int) -> int:
         """Rows of a bound Program that is large enough, or of a new one."""

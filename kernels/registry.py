@@ -119,6 +119,8 @@ class OpSpec:
     kinks: tuple[float, ...] = ()
     #: pairs (input, output) that may be the same array
     aliases: tuple[tuple[str, str], ...] = ()
+    #: initial values are drawn on the host, in float64, once: CUDA has no kernel for them
+    on_host: bool = False
     #: column-local: column c of the outputs depends on column c of the inputs alone
     column_local: bool = False
     #: times that any schedule reads an array, where more than once: a sum over it comes before its elements' results

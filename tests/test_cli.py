@@ -283,7 +283,7 @@ def test_as_a_program(tmp_path):
 
 
 def test_readme_holds_the_table_of_ops():
-    if set(fd.backends().values()) != {"available"}:
+    if any(state != "available" for name, state in fd.backends().items() if name != "cuda"):
         pytest.skip("the table is that of a full installation")
     between = README.read_text(encoding="utf-8").partition(cli.OPS_BEGIN)[2].partition(cli.OPS_END)[0]
     assert between.strip() == cli.ops_table(), "run: python -m fastdl info --ops --into README.md"

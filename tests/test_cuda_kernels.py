@@ -5,7 +5,9 @@ Calls are those of the contract tests, from the registry: no op is known by name
 
 from __future__ import annotations
 
+import pathlib
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 from contract import cases, checks
 
+from fastdl.cuda import ahead
 from fastdl.kernels import dispatch, registry
-from fastdl.kernels.common import numba_cuda
+from fastdl.kernels.common import cubins, numba_cuda
 from fastdl.kernels.common.gpu import Kernel, Launch
 
 if numba_cuda.MISSING:
@@ -22,6 +25,7 @@ if numba_cuda.MISSING:
 
 from gpu.device import Interpreted, from_bfloat16, to_bfloat16
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 dispatch.load_cuda()
 SPECS = [spec for spec in registry.specs() if registry.find(spec.name, "cuda")]
 #: Elements between rows, bytes off the alignment.
@@ -88,6 +92,11 @@ def coarser(call: cases.Call) -> cases.Call:
     return found
 
 
+def test_every_op_has_launches() -> None:
+    missing = [spec.name for spec in registry.specs() if not registry.find(spec.name, "cuda") and not spec.on_host]
+    assert not missing
+
+
 # ---------------------------------------------------------------------------------------------- machine code
 def launched(spec: registry.OpSpec, dtype: str) -> list[Launch]:
     """The launches of each variant of an op on a matrix that every path fits."""
@@ -123,3 +132,23 @@ def test_machine_code(spec: registry.OpSpec, dtype: str, full_matrix: bool) -> N
         text = numba_cuda.ptx(launch.kernel, launch.dtype)
         if not launch.kernel.doubles:
             assert not re.search(r"^\s*(?!mov|\.reg)\S*\.f64", text, re.MULTILINE), f"{launch.kernel.name}: float64"
+
+
+def test_cubins_are_built_ahead_and_found(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = ahead.kernels()
+    assert len({kernel.name for kernel in kernels}) == len(kernels) > 100
+    (relu,) = (kernel for kernel in kernels if kernel.name == "relu_forward")
+    (count,) = (kernel for kernel in kernels if kernel.name == "row_range")
+    assert cubins.build([relu, count], [(8, 0)], tmp_path) == 3  # one of them has no floats
+    monkeypatch.setattr(cubins, "PACKED", tmp_path)
+    assert cubins.code(relu, "bfloat16", (8, 6)) == cubins.packed(relu, "bfloat16", (8, 0))
+    assert cubins.packed(relu, "bfloat16", (9, 0)) is None
+    assert cubins.code(relu, "bfloat16", (8, 0))[1:4] == b"ELF"
+
+
+def test_the_suite_for_a_gpu_plans_its_cases() -> None:
+    suite = pytest.importorskip("bench.gpu_suite", reason="the bench folder is not beside the tests")
+    for op in suite.SHARES:
+        launches, sizes, absent = suite._case(op, 64, 48, "float32", Interpreted())
+        assert launches
+        assert registry.spec(op).moved(sizes, 4, absent) > 0

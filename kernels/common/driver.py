@@ -49,11 +49,11 @@ def missing() -> str | None:
     """What is missing for a GPU, or None."""
     if _current is not None:
         return None
-    from fastdl.kernels.common import numba_cuda
+    from fastdl.kernels.common import cubins, numba_cuda
 
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         return "the package cuda-bindings is not installed; run `pip install 'fastdl-kernels[cuda]'`"
-    if numba_cuda.MISSING:
+    if numba_cuda.MISSING and not cubins.PACKED.exists():
         return f"{numba_cuda.MISSING}; run `pip install 'fastdl-kernels[cuda]'`"
     return _no_gpu()
 

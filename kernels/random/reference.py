@@ -259,6 +259,7 @@ register_op(
         ),
         reference=philox4x32,
         tolerance=lambda sizes: EXACT,
+        on_host=True,
     )
 )
 register_op(
@@ -288,6 +289,7 @@ for _name, _reference, _first, _second in (
             reference=_reference,
             params=(_first, _second, Param("seed", "seed", 0), LAYER),
             tolerance=lambda sizes: ROUNDED,
+            on_host=True,
             variants=({}, {_first.name: -0.25, _second.name: 0.125, "seed": 42, "layer": philox.INITIAL_LAYER + 7}),
         )
     )

@@ -56,6 +56,8 @@ def test_panels_in_full(spec, dtype, level):
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_back_end_has_every_op(spec, backend):
+    if backend == "cuda" and spec.on_host:
+        pytest.skip("initial values are drawn on the host")
     found = dispatch.candidate(spec.name, backend)
     assert not isinstance(found, str), found
 
