@@ -134,6 +134,38 @@ def test_machine_code(spec: registry.OpSpec, dtype: str, full_matrix: bool) -> N
             assert not re.search(r"^\s*(?!mov|\.reg)\S*\.f64", text, re.MULTILINE), f"{launch.kernel.name}: float64"
 
 
+#: Ops whose arrays are all matrices (N, C), or all vectors (P,) but for a factor.
+SWEEPS = [
+    spec
+    for spec in SPECS
+    if {a.shape for a in spec.arrays if a.dtype == "T"} in ({"N,C"}, {"P"})
+    and (spec.column_local or "lr" in spec.runtime)
+]
+
+
+READ, WRITTEN = ("in", "inout"), ("out", "inout")
+
+
+def _floats(kernel: Kernel) -> list[int]:
+    """Positions of the pointers to floats among a kernel's arguments."""
+    return [k for k, (kind, _) in enumerate(kernel.arguments) if kind == "T*"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", SWEEPS, ids=lambda spec: spec.name)
+def test_sweeps_access_16_bytes_at_a_time(spec: registry.OpSpec, dtype: str) -> None:
+    """Eight elements of each input and output, once for each group of parameters."""
+    groups = 2 if "lr" in spec.runtime else 1
+    for launch in launched(spec, dtype):
+        text = numba_cuda.ptx(launch.kernel, launch.dtype)
+        eights = groups * (2 if dtype == "float32" else 1)
+        reads, writes = (sum(a.role in roles for a in spec.arrays if a.dtype == "T") for roles in (READ, WRITTEN))
+        loads, stores = (len(re.findall(rf"\b{way}\.global(?:\.\w+)*\.v4", text)) for way in ("ld", "st"))
+        assert stores == writes * eights, launch.kernel.name
+        unread = sum(not re.search(rf"\bld\.param\.u64[^;]*_param_{k}\]", text) for k in _floats(launch.kernel))
+        assert loads == (reads - unread) * eights, launch.kernel.name  # the gradient of y = x does not look at y
+
+
 def test_cubins_are_built_ahead_and_found(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = ahead.kernels()
     assert len({kernel.name for kernel in kernels}) == len(kernels) > 100
