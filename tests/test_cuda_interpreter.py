@@ -14,7 +14,8 @@ if gpu.MISSING:
     pytest.skip(gpu.MISSING, allow_module_level=True)
 
 from gpu.device import Interpreted
-from gpu.interpreter import Grid, Memory, Module, Trap
+from gpu.interpreter import Grid, Memory
+from gpu.ptx import Module, Trap
 from numba import cuda
 
 from fastdl.kernels.random.numba_cuda import lanes8, philox4x32

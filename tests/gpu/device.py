@@ -11,7 +11,8 @@ import numpy as np
 
 from fastdl.kernels.common import numba_cuda
 from fastdl.kernels.common.gpu import Kernel, Launch, Planner, View, run_block
-from gpu.interpreter import Grid, Memory, Module
+from gpu.interpreter import Grid, Memory
+from gpu.ptx import Module
 
 
 @functools.cache
