@@ -18,6 +18,9 @@ from fastdl.parameters import Arena, Segment, aligned
 from fastdl.program import Buffer, Call, Program
 from fastdl.trace import Trace
 
+#: Elements between the starts of two parameters on a GPU: a line of 128 bytes, of a bfloat16 copy too.
+DEVICE_MULTIPLE = 64
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -95,12 +98,13 @@ class Builder:
 
         With a ``device`` they have a copy in its memory.
         """
-        parameters = Arena(list(self.segments.values()), self.dtype, panel_layout)
-        states = Arena(list(self.states.values()), self.dtype, panel_layout)
+        multiple = 1 if device is None else DEVICE_MULTIPLE
+        parameters = Arena(list(self.segments.values()), self.dtype, panel_layout, multiple)
+        states = Arena(list(self.states.values()), self.dtype, panel_layout, multiple)
         gradients = aligned(parameters.size, self.dtype)
         version, mirror = np.zeros(1, np.int64), None
         if device is not None:
-            from fastdl.cuda.executor import Mirror
+            from fastdl.cuda.mirror import Mirror
 
             mirror = Mirror(device, version)
         memory = Memory(
@@ -238,13 +242,18 @@ class Builder:
         """Forward from the caller's rows into the result's: nothing is copied at either end."""
         trace = Trace(False, self.seed, self.segments, self.states)
         x, y = Buffer("X", (self.width,), "slot"), Buffer("Y", (self.out_width,), "slot")
-        last = [x, *self._walk(trace, x)][-1]
-        if last is x:  # no layer does anything here
-            trace.call("identity_forward", x=x, y=y)
-        calls = [
-            replace(c, buffers={name: y if b is last is not x else b for name, b in c.buffers.items()})
-            for c in trace.calls
-        ]
+        rounds = self.mixed and memory.mirror is not None  # slots are float32, what lies between them bfloat16
+        first = trace.batch("x", self.width) if rounds else x
+        if rounds:
+            trace.call("identity_forward", phase="feed", x=x, y=first)
+        last = [first, *self._walk(trace, first)][-1]
+        if rounds or last is x:  # or no layer does anything here
+            trace.call("identity_forward", x=last, y=y)
+            calls = trace.calls
+        else:
+            calls = [
+                replace(c, buffers={name: y if b is last else b for name, b in c.buffers.items()}) for c in trace.calls
+            ]
         return self._program("predict", rows, calls, memory, fused), {"x": x, "y": y}
 
     def evaluate(

@@ -53,7 +53,7 @@ class Memory:
     folded: dict[str, np.ndarray | Panels] = field(default_factory=dict)  # tensors made from parameters and states
     #: Products round their operands to bfloat16.
     mixed: bool = False
-    #: The arenas in device memory, on a back end that has one (`fastdl.cuda.executor.Mirror`).
+    #: The arenas in device memory, on a back end that has one (`fastdl.cuda.mirror.Mirror`).
     mirror: Any = None
     #: One integer, raised with every change of parameters or states: what is folded is made anew then.
     version: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
@@ -68,7 +68,9 @@ def _dtype(buffer: Buffer, memory: Memory) -> np.dtype:
     return np.dtype(registry.DTYPES[buffer.dtype] or memory.dtype)
 
 
-def plan_arena(program: Program, memory: Memory, keep: Iterable[Buffer]) -> tuple[dict[Buffer, tuple[int, int]], int]:
+def plan_arena(
+    program: Program, size_of: Callable[[Buffer], int], keep: Iterable[Buffer]
+) -> tuple[dict[Buffer, tuple[int, int]], int]:
     """Byte range of each batch buffer in one arena: first fit over lifetimes.
 
     Returns the ranges and the arena's size.
@@ -86,8 +88,7 @@ def plan_arena(program: Program, memory: Memory, keep: Iterable[Buffer]) -> tupl
         while head and program.calls[head].tail:
             head -= 1
         first, last = head, len(program) if buffer in keep else chain_end[last] + REUSE_DISTANCE
-        size = _stored_size(buffer, program.rows, memory) * _dtype(buffer, memory).itemsize
-        size = (size + 63) // 64 * 64 + STAGGER
+        size = (size_of(buffer) + 63) // 64 * 64 + STAGGER
         at = 0
         for start, end, a, b, _ in sorted(placed, key=lambda p: p[0]):
             if a <= last and first <= b:  # alive at the same time
@@ -104,7 +105,7 @@ def _panel_rows(rows: int) -> int:
     return max(2, rows)
 
 
-def _stored_size(buffer: Buffer, rows: int, memory: Memory) -> int:
+def stored_size(buffer: Buffer, rows: int, memory: Memory) -> int:
     if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
         return panels.count(buffer.shape[0]) * panels.WIDTH * _panel_rows(rows)
     if memory.panel_layout and not buffer.shape:
@@ -136,7 +137,7 @@ class Executor(ABC):
         self, program: Program, memory: Memory, backend: str, threads: int, keep: Iterable[Buffer] = ()
     ) -> None:
         self.program, self.memory, self.backend, self.threads = program, memory, backend, threads
-        self.ranges, size = plan_arena(program, memory, keep)
+        self.ranges, size = plan_arena(program, self.size_of, keep)
         self.arena = self._storage(size)
         self._cells: dict[Buffer, np.ndarray] = {}
         self._slots: dict[Buffer, np.ndarray | None] = {}
@@ -148,8 +149,9 @@ class Executor(ABC):
         """Memory for the batch buffers."""
         return aligned(size, np.uint8)
 
-    def dtype(self, buffer: Buffer) -> np.dtype:
-        return _dtype(buffer, self.memory)
+    def size_of(self, buffer: Buffer) -> int:
+        """Bytes of a batch buffer."""
+        return stored_size(buffer, self.program.rows, self.memory) * _dtype(buffer, self.memory).itemsize
 
     def _choose(self, call: Call) -> registry.Impl:
         found = dispatch.candidate(call.op, self.backend, (), call.params)
@@ -182,7 +184,7 @@ class Executor(ABC):
                 self._cells[buffer] = aligned(padded, dtype)[:size].reshape(buffer.shape)
             return self._cells[buffer]
         rows, (start, _) = self.program.rows, self.ranges[buffer]
-        size = _stored_size(buffer, rows, memory)
+        size = stored_size(buffer, rows, memory)
         flat = self.arena[start : start + size * dtype.itemsize].view(dtype)
         if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
             return Panels(flat.reshape(-1, _panel_rows(rows), panels.WIDTH), buffer.shape[0])

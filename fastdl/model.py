@@ -375,7 +375,9 @@ class Sequential:
     def launches(self, batch_size: int) -> list[Launch]:
         """Every launch of this model on a GPU: training, validation, prediction and loops of the user's own."""
         with self._lock:
-            return [launch for e in self._ready().on_paper(batch_size) for step in e.plan for launch in step.launches]
+            return [
+                launch for e in self._ready().on_paper(batch_size) for step in e.plan.steps for launch in step.launches
+            ]
 
     def explain(self) -> str:
         """Which back end runs this model with how many threads, and why not another."""

@@ -1,8 +1,8 @@
 """Where parameters live: one arena of values, one of gradients in the same order, one per optimiser state.
 
 Segments with weight decay stand first, so that an optimiser needs one sweep per group of equal settings. Back ends that
-work on column panels keep matrices in that layout (`fastdl.kernels.engine.panels`) and pad vectors to whole panels; the
-padding is zero in every arena and stays so.
+work on column panels keep matrices in that layout (`fastdl.kernels.engine.panels`) and pad vectors to whole panels, on
+a GPU every segment starts at a multiple of 128 bytes; the padding is zero in every arena and stays so.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Segment:
 
 
 class Arena:
-    """Segments laid out in one vector."""
+    """Segments laid out in one vector, those of plain layout each at a multiple of so many elements."""
 
-    def __init__(self, segments: list[Segment], dtype: Any, panel_layout: bool) -> None:
-        self.dtype, self.panel_layout = np.dtype(dtype), panel_layout
+    def __init__(self, segments: list[Segment], dtype: Any, panel_layout: bool, multiple: int = 1) -> None:
+        self.dtype, self.panel_layout, self.multiple = np.dtype(dtype), panel_layout, multiple
         self.segments = sorted(segments, key=lambda s: not s.decay)
         self.offsets: dict[str, int] = {}
         self.group_end = 0  # first element after the segments with decay
@@ -61,7 +61,7 @@ class Arena:
 
     def padded_size(self, shape: tuple[int, ...]) -> int:
         if not self.panel_layout:
-            return int(np.prod(shape))
+            return -(-int(np.prod(shape)) // self.multiple) * self.multiple
         if len(shape) == 1:
             return panels.count(shape[0]) * panels.WIDTH
         return panels.count(shape[1]) * panels.WIDTH * shape[0]
@@ -78,7 +78,7 @@ class Arena:
 
     def _shaped(self, flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | Panels:
         if not self.panel_layout:
-            return flat.reshape(shape)
+            return flat[: int(np.prod(shape))].reshape(shape)
         if len(shape) == 1:
             return flat[: shape[0]]
         return Panels(flat.reshape(panels.count(shape[1]), shape[0], panels.WIDTH), shape[1])

@@ -267,8 +267,9 @@ class Runtime:
         from fastdl.cuda.plan import described
 
         executor = next(self.on_paper(rows))
-        scratch = sum(v.shape[0] * v.itemsize for v in executor.planner.scratches)
-        return described(executor.program, executor.plan, scratch)
+        plan = executor.plan
+        scratch = sum(v.nbytes for v in plan.planner.scratches)
+        return described(executor.program, plan.steps, scratch)
 
     def _capacity(self, kind: str, setting: Any, rows: int) -> int:
         """Rows of a bound Program that is large enough, or of a new one."""

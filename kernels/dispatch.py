@@ -148,7 +148,7 @@ def refuses(backend: str, dtype: str) -> str | None:
     if state != "available":
         return state
     if backend == "cuda":
-        return None if dtype == "float32" else "computes in float32 only"
+        return None if dtype in ("float32", MIXED) else "computes in float32, and in bfloat16 with float32 parameters"
     if dtype != MIXED:
         return None
     if backend != "cython":

@@ -42,6 +42,9 @@ class Array:
         ``None`` is accepted.
     dtype : {"T", "f8", "i8", "u4", "u1"}
         ``"T"`` is the op's float type.
+    single : bool
+        Float32 where matrices are bfloat16 (CUDA): parameters and their gradients, statistics, targets and weights of
+        a loss. A sum of many steps needs more than 8 bits.
     fill : callable, optional
         ``fill(rng, shape, dtype, made) -> array`` draws a value from the op's domain; ``made`` maps the names of the
         arrays drawn before to their values. Standard normal values (or zeros for integers) when missing.
@@ -52,6 +55,7 @@ class Array:
     role: str = "in"
     optional: bool = False
     dtype: str = "T"
+    single: bool = False
     fill: Callable[..., np.ndarray] | None = None
 
     def __post_init__(self) -> None:

@@ -139,6 +139,45 @@ def test_fused_equals_plain_and_runs_repeat(device) -> None:
         np.testing.assert_allclose(states[2][name], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("stack", [plain, normalised], ids=["plain", "normalised"])
+def test_mixed_training_stays_near_float32(stack, device) -> None:
+    """Matrices of bfloat16 beside float32 parameters, whose rounded copy follows every step and every assignment."""
+    X, y = data(70, 20)
+    numpy_net, _ = pair(stack(2), 20)
+    cuda_net = fd.Sequential(stack(2), seed=3).compile(
+        "softmax_cross_entropy", fd.optimizers.Adam(1e-2), backend="cuda", dtype="mixed_bfloat16"
+    )
+    histories = [net.fit(X, y, batch_size=32, epochs=2, verbose=0) for net in (numpy_net, cuda_net)]
+    np.testing.assert_allclose(histories[1]["loss"], histories[0]["loss"], rtol=0.01)
+    assert histories[1]["loss"] != histories[0]["loss"]
+    gap = [np.abs(numpy_net.weights[n] - w).max() for n, w in cuda_net.weights.items()]
+    assert max(gap) < 0.05
+    numpy_net.set_state(cuda_net.get_state())
+    np.testing.assert_allclose(cuda_net.predict(X[:9]), numpy_net.predict(X[:9]), atol=0.05)
+    assert cuda_net.evaluate(X, y)["loss"] == pytest.approx(numpy_net.evaluate(X, y)["loss"], rel=0.01)
+    before = cuda_net.predict(X[:9])
+    cuda_net.weights["dense_0/kernel"] = 2 * cuda_net.weights["dense_0/kernel"]
+    numpy_net.set_state(cuda_net.get_state())
+    np.testing.assert_allclose(cuda_net.predict(X[:9]), numpy_net.predict(X[:9]), atol=0.1)
+    assert np.abs(cuda_net.predict(X[:9]) - before).max() > 0.1 or stack is normalised
+    cuda_net.forward(X[:9], training=True)
+    dx = cuda_net.backward(np.ones((9, 5), np.float32))
+    numpy_net.step = cuda_net.step
+    numpy_net.forward(X[:9], training=True)
+    want = numpy_net.backward(np.ones((9, 5), np.float32))
+    assert dx.dtype == np.float32
+    np.testing.assert_allclose(dx, want, atol=0.05 * np.abs(want).max() + 0.02)
+
+
+def test_mixed_regression_keeps_its_targets(device) -> None:
+    X, _ = data(24, 12)
+    y = (1000 + X[:, :1]).astype(np.float32)  # bfloat16 would know such numbers to 8 only
+    net = fd.Sequential([layers.Dense(1)], seed=1).compile("mse", backend="cuda", dtype="mixed_bfloat16").build(12)
+    net.weights["dense_0/kernel"] = np.zeros((12, 1))
+    loss = net.fit(X, y, batch_size=24, epochs=1, verbose=0)["loss"][0]
+    assert loss == pytest.approx(float(np.mean(y.astype(np.float64) ** 2)), rel=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "clipped"])
 def test_optimisers(optimizer: str, device) -> None:
     X, y = data(24, 12)
@@ -196,5 +235,5 @@ def test_a_model_that_is_dropped_gives_its_memory_back() -> None:
 
 
 def test_other_types_are_refused(device) -> None:
-    with pytest.raises(fd.errors.BackendUnavailable, match=r"float32 only"):
+    with pytest.raises(fd.errors.BackendUnavailable, match=r"computes in float32"):
         fd.Sequential(plain(2)).compile("mse", backend="cuda", dtype="float64")

@@ -10,7 +10,7 @@ import pytest
 import fastdl as fd
 from fastdl import layers
 from fastdl.builder import Feed
-from fastdl.executor import plan_arena
+from fastdl.executor import plan_arena, stored_size
 from fastdl.kernels.activations.reference import ACTIVATIONS
 
 BACKENDS = [name for name, state in fd.backends().items() if state == "available"]
@@ -121,7 +121,7 @@ def test_arena_keeps_live_buffers_apart() -> None:
     builder = net._runtime.builder
     memory, moments = builder.memory(False, net.optimizer)
     program, _ = builder.train(64, Feed(labels=True), net.loss, net.optimizer, memory, moments, False)
-    ranges, top = plan_arena(program, memory, ())
+    ranges, top = plan_arena(program, lambda buffer: 4 * stored_size(buffer, 64, memory), ())
     spans = program.lifetimes()
     total = sum(end - start for start, end in ranges.values())
     for a in spans:

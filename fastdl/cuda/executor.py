@@ -1,18 +1,19 @@
 """A Program bound to a GPU: buffers in device memory, every phase captured as a graph and replayed.
 
-Arenas of parameters, gradients and optimiser states have a copy in device memory (`Mirror`). The GPU's copy is the
-newer one after a step; it comes back when the host asks (`Memory.pull`), and what the host has written goes down before
-the next run. Within an epoch nothing is copied and nobody waits: the run-time block moves on by itself.
+Arenas of parameters, gradients and optimiser states have a copy in device memory (`fastdl.cuda.mirror`). The GPU's copy
+is the newer one after a step; it comes back when the host asks (`Memory.pull`), and what the host has written goes down
+before the next run. Within an epoch nothing is copied and nobody waits: the run-time block moves on by itself.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fastdl.cuda.mirror import Pool, on_host
 from fastdl.cuda.plan import Step, steps_of
 from fastdl.errors import BackendUnavailable
 from fastdl.executor import Executor, Memory, Run
@@ -20,64 +21,21 @@ from fastdl.kernels import dispatch, registry
 from fastdl.kernels.common.gpu import Launch, Planner, View, run_block
 from fastdl.program import PHASES, Buffer, Call, Program
 
-
-class Pool:
-    """Device memory that is given back when its owner goes."""
-
-    def __init__(self, owner: Any, device: Any) -> None:
-        self._device, self._taken = device, []
-        weakref.finalize(owner, _give_back, device, self._taken)
-
-    def allocate(self, size: int) -> int:
-        """Address of zeros."""
-        self._taken.append(self._device.allocate(size))
-        return self._taken[-1]
+#: Plans kept, each with its graphs: arrays of the caller's at new addresses ask for new ones.
+KEPT = 16
 
 
-def _give_back(device: Any, addresses: list[int]) -> None:
-    for address in addresses:
-        device.free(address)
+@dataclass
+class Plan:
+    """Launches for the arrays that are bound, and their graphs."""
 
+    steps: list[Step]
+    planner: Planner
+    pool: Pool | None = None
+    graphs: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
-class Mirror:
-    """The arenas of a model in device memory, copied to and fro as a whole."""
-
-    def __init__(self, device: Any, version: np.ndarray) -> None:
-        self.device, self.version, self._pool = device, version, Pool(self, device)
-        self._arenas: dict[int, tuple[np.ndarray, int]] = {}  # address of the host's bytes -> (bytes, device address)
-        self._seen = -1  # version of the host's values that the device has
-        self.newer = False  # the device has written since the last pull
-
-    def address(self, array: np.ndarray) -> int:
-        """Where an array inside an arena lies in device memory."""
-        root = array
-        while isinstance(root.base, np.ndarray):
-            root = root.base
-        host = root.ctypes.data
-        if host not in self._arenas:
-            shift = host % 256  # addresses keep their alignment
-            self._arenas[host] = root, self._pool.allocate(root.nbytes + 256) + shift
-            self.device.write(self._arenas[host][1], root)
-        return self._arenas[host][1] + array.ctypes.data - host
-
-    def push(self) -> None:
-        """Copy the host's values down if they have changed."""
-        if self._seen != self.version[0]:
-            for root, address in self._arenas.values():
-                self.device.write(address, root)
-            self._seen = int(self.version[0])
-
-    def wrote(self) -> None:
-        """The device has changed parameters or states."""
-        self.version += 1
-        self._seen, self.newer = int(self.version[0]), True
-
-    def pull(self) -> None:
-        """Copy the device's values up if they are newer."""
-        if self.newer:
-            for root, address in self._arenas.values():
-                root[...] = self.device.read(address, root.dtype, root.size)
-            self.newer = False
+    def launches(self, *phases: str) -> list[Launch]:
+        return [launch for step in self.steps if step.phase in phases for launch in step.launches]
 
 
 class CudaExecutor(Executor):
@@ -88,14 +46,21 @@ class CudaExecutor(Executor):
     ) -> None:
         self.device = memory.mirror.device
         self._pool = Pool(self, self.device)
+        self._single = {
+            buffer
+            for call in program.calls
+            for array, buffer in zip(call.spec.arrays, call.arrays(), strict=True)
+            if array.single
+        }
         super().__init__(program, memory, backend, threads, keep)
         self._addresses: dict[Buffer, int] = {}
+        self._given: dict[Buffer, View] = {}  # slots that are arrays of the caller's in device memory
         self._outputs: dict[Buffer, np.ndarray] = {}
         allocate = self._pool.allocate
-        self.planner = Planner(View(allocate(64), (1,), 1, np.dtype(np.uint32), "run"), allocate)
+        self.run_words = View(allocate(64), (1,), 1, np.dtype(np.uint32), "run")
         self.sums = View(allocate(24), (3,), 1, np.dtype(np.float64), "totals")
-        self.plan: list[Step] = steps_of(program, self.view, self.planner)
-        self._graphs: dict[tuple[str, ...], Any] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._slots_used = [b for b in program.buffers if b.kind == "slot"]
         self._folds, self._changes = program.folds, program.changes_parameters
         self._folded = -1
         self._written = {b for call in program.calls for b in call.writes if b.kind == "slot"}
@@ -112,20 +77,46 @@ class CudaExecutor(Executor):
         return self._pool.allocate(size)
 
     # ------------------------------------------------------------------ buffers
-    def view(self, buffer: Buffer) -> View:
-        """A buffer in device memory, for the maximum number of rows."""
-        memory = self.memory
-        dtype = self.dtype(buffer)
+    def _dtype(self, buffer: Buffer, array: registry.Array | None = None) -> np.dtype | str:
+        """Matrices that calls hand on are bfloat16 in a mixed Program, and so are parameters as products read them."""
+        kind = np.dtype(registry.DTYPES[buffer.dtype] or np.float32)
+        if not self.memory.mixed or buffer.dtype != "T":
+            return kind
         if buffer.kind == "batch":
-            shape, address = (self.program.rows, *buffer.shape), self.arena + self.ranges[buffer][0]
-        elif buffer.kind in ("cell", "slot"):
-            shape = self._slot_shape(buffer) if buffer.kind == "slot" else buffer.shape
+            return kind if buffer in self._single else "bfloat16"
+        if buffer.kind in ("parameter", "folded"):
+            return kind if array is None or array.single else "bfloat16"
+        return kind
+
+    def size_of(self, buffer: Buffer) -> int:
+        return View(0, (buffer.size(self.program.rows),), 1, self._dtype(buffer)).nbytes
+
+    def view(self, buffer: Buffer, array: registry.Array | None = None) -> View:
+        """A buffer in device memory, for the maximum number of rows."""
+        if buffer in self._given:
+            return self._given[buffer]
+        mirror, dtype = self.memory.mirror, self._dtype(buffer, array)
+        shape = buffer.shape
+        if buffer.kind == "batch":
+            shape, address = (self.program.rows, *shape), self.arena + self.ranges[buffer][0]
+        elif buffer.kind in ("cell", "slot", "folded"):
+            shape = self._slot_shape(buffer) if buffer.kind == "slot" else shape
             if buffer not in self._addresses:
-                self._addresses[buffer] = self._pool.allocate(int(np.prod(shape)) * dtype.itemsize)
+                size = View(0, shape, 1, np.dtype(registry.DTYPES[buffer.dtype] or np.float32)).nbytes
+                self._addresses[buffer] = self._pool.allocate(size)
             address = self._addresses[buffer]
+        elif dtype == "bfloat16":
+            address = mirror.rounded_address(super().stored(buffer))
         else:
-            shape, address = buffer.shape, memory.mirror.address(super().stored(buffer))
+            address = mirror.address(super().stored(buffer))
         return View(address, shape, int(np.prod(shape[1:])), dtype, buffer.name)
+
+    def rounded(self, buffer: Buffer) -> View | None:
+        """The copy that products of bfloat16 read."""
+        if not self.memory.mixed:
+            return None
+        address = self.memory.mirror.rounded_address(super().stored(buffer))
+        return View(address, buffer.shape, 1, "bfloat16", buffer.name)
 
     def _slot_shape(self, buffer: Buffer) -> tuple[int, ...]:
         """A slot holds one batch, or a data set, which names its rows."""
@@ -136,41 +127,60 @@ class CudaExecutor(Executor):
 
     def stored(self, buffer: Buffer) -> Any:
         """A copy on the host."""
-        view = self.view(buffer)
-        return self.device.read(view.address, view.dtype, int(np.prod(view.shape))).reshape(view.shape)
+        return on_host(self.device, self.view(buffer))
 
     def read(self, buffer: Buffer, rows: int) -> np.ndarray:
         found = self.stored(buffer)
         return found[:rows].copy() if buffer.kind in ("batch", "slot") else found
 
-    def slot(self, buffer: Buffer, array: np.ndarray | None) -> None:
+    def slot(self, buffer: Buffer, array: Any) -> None:
         super().slot(buffer, array)
+        self._given.pop(buffer, None)
+        self._outputs.pop(buffer, None)
         if array is None:
-            self._outputs.pop(buffer, None)
+            return
+        if not isinstance(array, np.ndarray):
+            self._given[buffer] = array.view(buffer.name)
         elif buffer in self._written:
             self._outputs[buffer] = array
         else:
             self.device.write(self.view(buffer).address, np.ascontiguousarray(array))
 
-    # ------------------------------------------------------------------ runs
+    # ------------------------------------------------------------------ plans
+    @property
+    def plan(self) -> Plan:
+        """Launches for the arrays that are bound now."""
+        places = [self.view(buffer) for buffer in self._slots_used]
+        key = tuple((v.address, v.shape, v.row_stride) for v in places)
+        found = self._plans.get(key)
+        if found is None:
+            if len(self._plans) >= KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            pool = Pool(None, self.device)
+            planner = Planner(self.run_words, pool.allocate)
+            found = self._plans[key] = Plan(steps_of(self.program, self, planner), planner, pool)
+        return found
+
     def launches(self, *phases: str) -> list[Launch]:
-        return [launch for step in self.plan if step.phase in phases for launch in step.launches]
+        return self.plan.launches(*phases)
 
     def _replay(self, *phases: str) -> None:
-        if phases not in self._graphs:
-            launches = self.launches(*phases)
-            self._graphs[phases] = self.device.graph(launches) if launches else None
-        if self._graphs[phases] is not None:
-            self._graphs[phases].replay()
+        plan = self.plan
+        if phases not in plan.graphs:
+            launches = plan.launches(*phases)
+            plan.graphs[phases] = self.device.graph(launches) if launches else None
+        if plan.graphs[phases] is not None:
+            plan.graphs[phases].replay()
 
     def graph_of_step(self) -> Any:
         """All phases as one graph, for measurements: replayed, it repeats the last step."""
         return self.device.graph(self.launches(*PHASES))
 
+    # ------------------------------------------------------------------ runs
     def _begin(self, run: Run, **more: int) -> None:
         values = {name: getattr(run, name) for name in ("rows", "step", "epoch", "first_row", "offset", "lr")}
         total = run.total_rows or run.rows
-        self.device.write(self.planner.run.address, run_block(**values, total_rows=total, **more))
+        self.device.write(self.run_words.address, run_block(**values, total_rows=total, **more))
         self.memory.mirror.push()
         if self._folds and self._folded != self.memory.version[0]:
             self._replay("fold")
@@ -189,11 +199,12 @@ class CudaExecutor(Executor):
 
         run.rows = min(batch, count - run.offset)
         self._begin(run, batch=batch, count=count)
-        if "epoch" not in self._graphs:
-            following = next_step_launch(self.planner, self.view(self.stats), self.sums)
-            self._graphs["epoch"] = self.device.graph([*self.launches(*PHASES), following])
+        plan = self.plan
+        if ("epoch",) not in plan.graphs:
+            following = next_step_launch(plan.planner, self.view(self.stats), self.sums)
+            plan.graphs["epoch",] = self.device.graph([*plan.launches(*PHASES), following])
         self.device.write(self.sums.address, np.zeros(3))
-        self._graphs["epoch"].replay(steps)
+        plan.graphs["epoch",].replay(steps)
         self.memory.mirror.wrote()
         self.totals += self.device.read(self.sums.address, np.float64, 3)
         run.step += steps

@@ -7,13 +7,16 @@ launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastdl.kernels import registry
 from fastdl.kernels.common.gpu import RUN_WORDS, Launch, Planner, View
 from fastdl.program import Buffer, Call, Program
+
+#: Optimisers: one launch over all groups of parameters.
+SWEEPS = ("adam_step", "sgd_step")
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,19 @@ class Step:
         return self.calls[0].phase
 
 
-Views = Callable[[Buffer], View]
+class Views(Protocol):
+    """Where the buffers of a Program lie in device memory."""
+
+    def view(self, buffer: Buffer, array: registry.Array | None = None) -> View:
+        """A buffer as an array of a call: parameters have a float32 and may have a bfloat16 form."""
+
+    def rounded(self, buffer: Buffer) -> View | None:
+        """The bfloat16 copy of a stretch of the parameters, if one is kept."""
 
 
-def steps_of(program: Program, view: Views, planner: Planner) -> list[Step]:
+def steps_of(program: Program, views: Views, planner: Planner) -> list[Step]:
     """Launches for every call of a Program, in order."""
-    return [Step(tuple(group), tuple(_launches(group, view, planner))) for group in groups(program.calls)]
+    return [Step(tuple(group), tuple(_launches(group, views, planner))) for group in groups(program.calls)]
 
 
 def groups(calls: Sequence[Call]) -> list[list[Call]]:
@@ -50,54 +60,56 @@ def groups(calls: Sequence[Call]) -> list[list[Call]]:
 
 def _same_sweep(a: Call, b: Call) -> bool:
     decays = ("l2", "weight_decay")
-    if a.op != b.op or a.op not in ("adam_step", "sgd_step"):
+    if a.op != b.op or a.op not in SWEEPS:
         return False
     return {k: v for k, v in a.params.items() if k not in decays} == {
         k: v for k, v in b.params.items() if k not in decays
     }
 
 
-def _launches(group: Sequence[Call], view: Views, planner: Planner) -> list[Launch]:
+def _launches(group: Sequence[Call], views: Views, planner: Planner) -> list[Launch]:
     head, *rest = group
 
     def arrays(call: Call) -> list[View | None]:
-        return [None if b is None else view(b) for b in call.arrays()]
+        pairs = zip(call.arrays(), call.spec.arrays, strict=True)
+        return [None if b is None else views.view(b, array) for b, array in pairs]
 
     impl = registry.find(head.op, "cuda")
     params = {**head.spec.defaults(), **head.params}
+    if head.op in SWEEPS:
+        from fastdl.kernels.optimizers.numba_cuda import update_launch
+
+        updates = [(arrays(c), {**c.spec.defaults(), **c.params}, views.rounded(c.buffers["w"])) for c in group]
+        return [update_launch(updates, planner)]
     if not rest:
         return impl.launches(arrays(head), params, planner)
     if head.op == "dense_forward":
-        return [_forward(head, rest, arrays(head), view, params, planner)]
-    if head.op == "dense_backward_input":
-        return [_backward(rest, arrays(head), view, params, planner)]
-    from fastdl.kernels.optimizers.numba_cuda import update_launch
-
-    return [update_launch([(arrays(c), {**c.spec.defaults(), **c.params}) for c in group], planner)]
+        return [_forward(head, rest, arrays(head), views, params, planner)]
+    return [_backward(rest, arrays(head), views, params, planner)]
 
 
 def _forward(
-    head: Call, rest: Sequence[Call], arrays: list[View | None], view: Views, params: dict[str, Any], planner: Planner
+    head: Call, rest: Sequence[Call], arrays: list[View | None], views: Views, params: dict[str, Any], planner: Planner
 ) -> Launch:
     from fastdl.kernels.dense.numba_cuda import forward_launch
 
     (dropout,) = rest
-    arrays[[a.name for a in head.spec.arrays].index("y")] = view(dropout.buffers["y"])
+    arrays[[a.name for a in head.spec.arrays].index("y")] = views.view(dropout.buffers["y"])
     return forward_launch(arrays, params, planner, dropout=dict(dropout.params))
 
 
 def _backward(
-    rest: Sequence[Call], arrays: list[View | None], view: Views, params: dict[str, Any], planner: Planner
+    rest: Sequence[Call], arrays: list[View | None], views: Views, params: dict[str, Any], planner: Planner
 ) -> Launch:
     from fastdl.kernels.dense.numba_cuda import backward_input_launch
 
-    fused: dict[str, Any] = {"out": view(rest[-1].buffers["dx"])}
+    fused: dict[str, Any] = {"out": views.view(rest[-1].buffers["dx"])}
     for call in rest:
         if call.op == "dropout_backward":
             fused["dropout"] = dict(call.params)
         else:
             saved = next(b for name, b in call.buffers.items() if name in ("x", "y"))
-            fused |= {"activation": call.op.removesuffix("_backward"), "saved": view(saved)}
+            fused |= {"activation": call.op.removesuffix("_backward"), "saved": views.view(saved)}
             fused["alpha"] = float(call.params.get("alpha", 0.0))
     return backward_input_launch(arrays, params, planner, **fused)
 
@@ -118,6 +130,9 @@ class Paper:
 
     def free(self, address: int) -> None:
         """Nor memory."""
+
+    def run(self, launches: Any) -> None:
+        """Nor runs anything."""
 
 
 def described(program: Program, steps: Sequence[Step], scratch: int) -> str:

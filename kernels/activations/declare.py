@@ -111,8 +111,8 @@ def activation(
         )
         ACTIVATIONS[name] = info
         params = () if alpha is None else (Param("alpha", "float", alpha),)
-        slope = (Array("slope", "C", fill=_fill_slope),) if per_channel else ()
-        dslope = (Array("dslope", "C", role="out"),) if per_channel else ()
+        slope = (Array("slope", "C", single=True, fill=_fill_slope),) if per_channel else ()
+        dslope = (Array("dslope", "C", role="out", single=True),) if per_channel else ()
         saved = Array("x", "N,C") if saves == "x" else Array("y", "N,C", fill=_fill_output(info))
         common: dict[str, Any] = {"family": "activations", "params": params, "column_local": not row_op}
         backward_tolerance = slope_tolerance or (lambda sizes: tolerance_backward or tolerance)

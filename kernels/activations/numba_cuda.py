@@ -30,15 +30,14 @@ def identity_backward(dy, s, a):
 
 def _doubles(name: str) -> str:
     """Functions with a faster form near 0 reduce large arguments by 2 / pi in float64."""
-    return "reduction of large arguments" if name in NEAR else ""
+    return "reduction of large arguments" if name.removesuffix("_forward") in NEAR else ""
 
 
-def forward_kernel(name: str, f: Callable[..., Any]) -> Kernel:
+def forward_kernel(name: str, f: Callable[..., Any], x: str = "T*", y: str = "T*") -> Kernel:
+    """``x`` and ``y`` are the pointers' types."""
     point, eight = gpu.point(f), gpu.each(f, 2)
 
-    @kernel(
-        "T* x, i8 x_row, T* y, i8 y_row, u4* run, i8 cols, f4 a, i4 flat, i4 wide", f"{name}_forward", _doubles(name)
-    )
+    @kernel(f"{x} x, i8 x_row, {y} y, i8 y_row, u4* run, i8 cols, f4 a, i4 flat, i4 wide", name, _doubles(name))
     def forward(x, x_row, y, y_row, run, cols, a, flat, wide):
         last = gpu.rows_of(run)
         if flat != 0:
@@ -93,15 +92,27 @@ def elementwise(launched: Kernel, views: Sequence[View], a: float, planner: Plan
     grid, block = spans(1, rows * cols) if flat else spans(rows, cols)
     matrices = [part for view in views for part in (view, view.row_stride)]
     arguments = (*matrices, planner.run, cols, a, int(flat), int(wide))
-    return [Launch(launched, grid, block, arguments, float_type(views[0]))]
+    dtype = "bfloat16" if any(view.dtype == "bfloat16" for view in views) else float_type(views[0])
+    return [Launch(launched, grid, block, arguments, dtype)]
 
 
-KERNELS = {"identity_forward": forward_kernel("identity", identity)}
+KERNELS = {"identity_forward": forward_kernel("identity_forward", identity)}
 KERNELS["identity_backward"] = backward_kernel("identity", identity_backward)
 for _name, (_forward, _backward, *_slope) in POINTS.items():
     if not _slope:  # those with a slope per column have kernels of their own
-        KERNELS[f"{_name}_forward"] = forward_kernel(_name, _forward)
+        KERNELS[f"{_name}_forward"] = forward_kernel(f"{_name}_forward", _forward)
         KERNELS[f"{_name}_backward"] = backward_kernel(_name, _backward)
+
+
+#: Between float32 and bfloat16: where a batch comes in and results go out.
+ROUND = forward_kernel("round_forward", identity, "f4*", "T*")
+WIDEN = forward_kernel("widen_forward", identity, "T*", "f4*")
+
+
+def launch_identity(arrays: Sequence[View | None], params: Mapping[str, Any], planner: Planner) -> list[Launch]:
+    types = tuple(float_type(view) for view in arrays)
+    changes = {("float32", "bfloat16"): ROUND, ("bfloat16", "float32"): WIDEN}
+    return elementwise(changes.get(types, KERNELS["identity_forward"]), arrays, 0.0, planner)
 
 
 def _launches(op: str) -> Callable[..., list[Launch]]:
@@ -112,4 +123,5 @@ def _launches(op: str) -> Callable[..., list[Launch]]:
 
 
 for _op in KERNELS:
-    register(Impl(_op, "cuda", launches=_launches(_op)))
+    _found = launch_identity if _op == "identity_forward" else _launches(_op)
+    register(Impl(_op, "cuda", launches=_found))

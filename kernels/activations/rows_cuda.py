@@ -42,7 +42,7 @@ NOTHING = gpu.f4(-np.inf)  # beyond a row's end: no part of maximum or sum
 def forward_kernel(name: str, f: Callable[..., Any]) -> Kernel:
     eight = gpu.each(f, 2)
 
-    @kernel("T* x, i8 x_row, T* slope, T* y, i8 y_row, u4* run, i8 cols, i4 wide", f"{name}_forward")
+    @kernel("T* x, i8 x_row, f4* slope, T* y, i8 y_row, u4* run, i8 cols, i4 wide", f"{name}_forward")
     def forward(x, x_row, slope, y, y_row, run, cols, wide):
         c = gpu.i8(8) * gpu.column()
         if c >= cols:
@@ -63,7 +63,7 @@ def backward_kernel(name: str, f: Callable[..., Any], slope_part: Callable[..., 
     parts8 = gpu.each(lambda s, dy, x: s + part(dy, x), 3)
 
     @kernel(
-        "T* dy, i8 dy_row, T* x, i8 x_row, T* slope, T* dx, i8 dx_row, T* dslope, f4* partial, u4* counters, "
+        "T* dy, i8 dy_row, T* x, i8 x_row, f4* slope, T* dx, i8 dx_row, f4* dslope, f4* partial, u4* counters, "
         "i8 columns, u4* run, i8 cols, i4 wide",
         f"{name}_backward",
         registers=80,

@@ -37,7 +37,6 @@ from fastdl.kernels.batchnorm.moments_cuda import (
     shift8,
     subtract8,
     sum_strips,
-    vectors_of,
 )
 from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common.gpu import ROOM, Kernel, Launch, Planner, View, float_type, strips
@@ -76,7 +75,7 @@ def rests(room, x, x_row, rows, c, cols, whole, mean, loose):
 
 
 @functools.cache
-def sums_kernel(activation: str, vectors: str) -> Kernel:
+def sums_kernel(activation: str) -> Kernel:
     """dgamma, dbeta, dslope, and the five rows of ``constants``: mean, gain, shift, along, across.
 
     u needs the rest of a loose column before the first element can be added. A strip with such a column is left to one
@@ -98,10 +97,9 @@ def sums_kernel(activation: str, vectors: str) -> Kernel:
 
     @declare(
         f"sums_{activation}",
-        "T* dy, i8 dy_row, T* x, i8 x_row, V gamma, V beta, V mean, V inv_std, V slope, V dgamma, V dbeta, V dslope, "
-        "f4* partial, u4* counters, f4* constants, i8 columns, u4* run, i8 cols, f4 a, i4 training, i4 drop, "
-        "u4 last, f4 scale, u4 layer, u4 k0, u4 k1, i4 wanted, i4 wide",
-        vectors,
+        "T* dy, i8 dy_row, T* x, i8 x_row, f4* gamma, f4* beta, f4* mean, f4* inv_std, f4* slope, f4* dgamma, "
+        "f4* dbeta, f4* dslope, f4* partial, u4* counters, f4* constants, i8 columns, u4* run, i8 cols, f4 a, "
+        "i4 training, i4 drop, u4 last, f4 scale, u4 layer, u4 k0, u4 k1, i4 wanted, i4 wide",
         registers=SUMS,
         activation=activation,
     )
@@ -174,15 +172,14 @@ def sums_kernel(activation: str, vectors: str) -> Kernel:
 
 
 @functools.cache
-def dx_kernel(activation: str, vectors: str) -> Kernel:
+def dx_kernel(activation: str) -> Kernel:
     _, gradient, slope_part = activation_points(activation)
     gradient8, sloped = gpu.each(gradient, 4), slope_part is not None
 
     @declare(
         f"dx_{activation}",
-        "T* dy, i8 dy_row, T* x, i8 x_row, f4* constants, i8 columns, V slope, T* dx, i8 dx_row, u4* run, i8 cols, "
+        "T* dy, i8 dy_row, T* x, i8 x_row, f4* constants, i8 columns, f4* slope, T* dx, i8 dx_row, u4* run, i8 cols, "
         "f4 a, i4 training, i4 drop, u4 last, f4 scale, u4 layer, u4 k0, u4 k1, i4 wide",
-        vectors,
         registers=96,
         activation=activation,
     )
@@ -219,7 +216,7 @@ def dx_kernel(activation: str, vectors: str) -> Kernel:
 
 def batchnorm_backward(arrays: Sequence[View | None], params: Mapping[str, Any], planner: Planner) -> list[Launch]:
     dy, x, gamma, beta, mean, inv_std, slope, _, dx, dgamma, dbeta, dslope = arrays
-    activation, vectors = activation_of(params), vectors_of(x, gamma)
+    activation = activation_of(params)
     grid, block, columns = sum_strips(x)
     constants = planner.scratch(5, columns)
     partial, counters = planner.scratch(3 * grid[1], columns), planner.scratch(grid[0], dtype=np.uint32)
@@ -231,6 +228,6 @@ def batchnorm_backward(arrays: Sequence[View | None], params: Mapping[str, Any],
     )  # fmt: skip
     sweep = (*matrices, constants, columns, slope, dx, dx.row_stride, *common, aligned((dy, x, dx), (slope,)))
     return [
-        Launch(sums_kernel(activation, vectors), grid, block, sums, float_type(x)),
-        Launch(dx_kernel(activation, vectors), *strips(*x.shape, SWEEP), sweep, float_type(x)),
+        Launch(sums_kernel(activation), grid, block, sums, float_type(x)),
+        Launch(dx_kernel(activation), *strips(*x.shape, SWEEP), sweep, float_type(x)),
     ]

@@ -19,7 +19,7 @@ from fastdl.kernels.activations.points import NEAR, POINTS
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.batchnorm.reference import LOOSE
 from fastdl.kernels.common import numba_cuda as gpu
-from fastdl.kernels.common.gpu import LEAST_ROWS, ROOM, THREADS, Kernel, View, float_type, kernel, strips
+from fastdl.kernels.common.gpu import LEAST_ROWS, ROOM, THREADS, Kernel, View, kernel, strips
 from fastdl.kernels.dropout.numba_cuda import stream
 
 if not gpu.MISSING:
@@ -176,18 +176,10 @@ def merge_blocks(room, partial, c, columns):
 
 
 # ---------------------------------------------------------------------------------------------- plans
-def declare(
-    name: str, signature: str, vectors: str, registers: int = 64, activation: str = "identity"
-) -> Callable[..., Kernel]:
-    """A kernel of which the signature calls the vectors' pointers V."""
-    suffix = "" if vectors == "T*" else "_mixed"
+def declare(name: str, signature: str, registers: int = 64, activation: str = "identity") -> Callable[..., Kernel]:
     # As for the activation alone: functions with a faster form near 0 reduce large arguments by 2 / pi in float64.
     doubles = "reduction of large arguments" if activation in NEAR else ""
-    return kernel(signature.replace("V ", f"{vectors} "), f"batchnorm_{name}{suffix}", doubles, registers)
-
-
-def vectors_of(x: View, gamma: View) -> str:
-    return "T*" if float_type(x) == float_type(gamma) else "f4*"
+    return kernel(signature, f"batchnorm_{name}", doubles, registers)
 
 
 def activation_of(params: Mapping[str, Any]) -> str:

@@ -266,9 +266,9 @@ def _fill_inv_std(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, 
 
 
 X = Array("x", "N,C", fill=_fill_x)
-GAMMA = Array("gamma", "C", fill=_fill_gamma)
-BETA = Array("beta", "C")
-SLOPE = Array("slope", "C", optional=True, fill=_fill_slope)
+GAMMA = Array("gamma", "C", single=True, fill=_fill_gamma)
+BETA = Array("beta", "C", single=True)
+SLOPE = Array("slope", "C", single=True, optional=True, fill=_fill_slope)
 
 EPS = Param("eps", "float", 1e-5)
 ACTIVATION = (Param("activation", "activation", "identity"), Param("alpha", "float", 0.0))
@@ -315,12 +315,12 @@ register_op(
             X,
             GAMMA,
             BETA,
-            Array("running_mean", "C", "inout"),
-            Array("running_var", "C", "inout", fill=_fill_gamma),
+            Array("running_mean", "C", "inout", single=True),
+            Array("running_var", "C", "inout", single=True, fill=_fill_gamma),
             SLOPE,
             Array("y", "N,C", "out"),
-            Array("mean", "C", "out"),
-            Array("inv_std", "C", "out"),
+            Array("mean", "C", "out", single=True),
+            Array("inv_std", "C", "out", single=True),
         ),
         params=(Param("decay", "float", 0.9), EPS, *ACTIVATION, *DROPOUT),
         runtime=("step", "first_row"),
@@ -343,8 +343,8 @@ register_op(
             X,
             GAMMA,
             BETA,
-            Array("running_mean", "C"),
-            Array("running_var", "C", fill=_fill_gamma),
+            Array("running_mean", "C", single=True),
+            Array("running_var", "C", single=True, fill=_fill_gamma),
             SLOPE,
             Array("y", "N,C", "out"),
         ),
@@ -364,14 +364,14 @@ register_op(
         family="batchnorm",
         summary="w_folded = w gain, b_folded = (b - running_mean) gain + beta, gain = gamma / sqrt(running_var + eps)",
         arrays=(
-            Array("w", "I,O"),
-            Array("b", "O", optional=True),
-            Array("gamma", "O", fill=_fill_gamma),
-            Array("beta", "O"),
-            Array("running_mean", "O"),
-            Array("running_var", "O", fill=_fill_gamma),
+            Array("w", "I,O", single=True),
+            Array("b", "O", single=True, optional=True),
+            Array("gamma", "O", single=True, fill=_fill_gamma),
+            Array("beta", "O", single=True),
+            Array("running_mean", "O", single=True),
+            Array("running_var", "O", single=True, fill=_fill_gamma),
             Array("w_folded", "I,O", "out"),
-            Array("b_folded", "O", "out"),
+            Array("b_folded", "O", "out", single=True),
         ),
         params=(EPS,),
         reference=batchnorm_fold,
@@ -394,14 +394,14 @@ register_op(
             X,
             GAMMA,
             BETA,
-            Array("mean", "C", fill=_fill_mean),
-            Array("inv_std", "C", fill=_fill_inv_std),
+            Array("mean", "C", single=True, fill=_fill_mean),
+            Array("inv_std", "C", single=True, fill=_fill_inv_std),
             SLOPE,
             Array("y", "N,C", optional=True),
             Array("dx", "N,C", "out"),
-            Array("dgamma", "C", "out"),
-            Array("dbeta", "C", "out"),
-            Array("dslope", "C", "out", optional=True),
+            Array("dgamma", "C", "out", single=True),
+            Array("dbeta", "C", "out", single=True),
+            Array("dslope", "C", "out", single=True, optional=True),
         ),
         params=(*ACTIVATION, *DROPOUT, Param("training", "int", 1)),
         runtime=("step", "first_row"),

@@ -45,8 +45,8 @@ class Kernel:
     function : callable
         Python code for numba-cuda.
     arguments : tuple of (kind, name)
-        ``kind`` is "i4", "u4", "f4", "i8", "f8", or a pointer: one of them with ``*``, "u1*", or "T*" to the op's
-        floats.
+        ``kind`` is "i4", "u4", "f4", "i8", "f8", or a pointer: one of them with ``*``, "u1*", "u2*" (bfloat16
+        too), or "T*" to the op's floats.
     doubles : str
         Why the kernel computes in float64, if it does: by accident none may.
     registers : int
@@ -87,6 +87,11 @@ class View:
         return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
 
     @property
+    def nbytes(self) -> int:
+        """Of the elements, without gaps between rows."""
+        return int(np.prod(self.shape)) * self.itemsize
+
+    @property
     def rows(self) -> int:
         return self.shape[0]
 
@@ -121,6 +126,55 @@ class Launch:
     def __str__(self) -> str:
         grid, block = ("x".join(map(str, size)) for size in (self.grid, self.block))
         return f"{self.kernel.name}<<<{grid}, {block}>>> {self.dtype}"
+
+
+#: What a library's product can do beside the product, as cuBLASLt names it (``CUBLASLT_EPILOGUE_...``).
+EPILOGUES = (
+    "DEFAULT",
+    "BIAS",  # + bias
+    "RELU_BIAS",
+    "RELU_AUX_BIAS",  # and a bit for each positive element
+    "GELU_AUX_BIAS",  # by tanh; and the values before it
+    "DRELU",  # times the bits
+    "DGELU",  # times the derivative at the values
+    "BGRADA",  # and the sums of b over its rows
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product by a library: c = epilogue(a b), a (M, K), b (K, N), c (M, N).
+
+    Parameters
+    ----------
+    a, b, c : View
+        Rows in memory; ``a_turned`` and ``b_turned`` say that the transpose is stored. a and b have one type, c has it
+        too or is float32.
+    epilogue : str
+        One of `EPILOGUES`.
+    vector : View, optional
+        Bias (N,), read; or the sums of b (N,), written. Of c's type.
+    aux : View, optional
+        Bits: (M, words) of uint32, a multiple of four words from row to row, bit n of a row is column n's. Or values
+        (M, N) of c's type.
+    """
+
+    a: View
+    b: View
+    c: View
+    a_turned: bool = False
+    b_turned: bool = False
+    epilogue: str = "DEFAULT"
+    vector: View | None = None
+    aux: View | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, N, K."""
+        return self.c.rows, self.c.cols, self.a.rows if self.a_turned else self.a.cols
+
+    def __str__(self) -> str:
+        return f"cublaslt {self.epilogue.lower()} {'x'.join(map(str, self.sizes))} {float_type(self.a)}"
 
 
 @dataclass

@@ -433,7 +433,7 @@ else:
 def _signature(kernel: Kernel, dtype: str) -> Any:
     kinds = {"i4": types.int32, "u4": types.uint32, "f4": types.float32, "i8": types.int64, "f8": types.float64}
     kinds |= {f"{name}*": types.CPointer(kind) for name, kind in kinds.items()}
-    kinds["u1*"] = types.CPointer(types.uint8)
+    kinds |= {"u1*": types.CPointer(types.uint8), "u2*": _U2}
     kinds["T*"] = _F4 if dtype == "float32" else _U2
     return types.void(*(kinds[kind] for kind, _ in kernel.arguments))
 

@@ -52,7 +52,7 @@ def forward_kernel(w: int, activation: str, dropout: bool) -> Kernel:
     activate = gpu.each(ACTIVATIONS[activation][0], 2)
 
     @kernel(
-        "T* x, i8 x_row, i4 x_wide, T* w, i8 w_row, i4 w_wide, T* b, i4 with_b, T* y, i8 y_row, i4 y_wide, "
+        "T* x, i8 x_row, i4 x_wide, T* w, i8 w_row, i4 w_wide, f4* b, i4 with_b, T* y, i8 y_row, i4 y_wide, "
         f"T* z, i8 z_row, i4 z_wide, i4 with_z, u4* run, i4 inner, i4 cols, i4 shift, f4 alpha, {DROPOUT}",
         f"dense_forward_{activation}{'_dropout' if dropout else ''}_{w}",
         DOUBLES.get(activation, ""),
@@ -129,7 +129,7 @@ def backward_weights_kernel(w: int, bias: bool) -> Kernel:
     product, at_thread, tall = tile.product(w, False, False, bias), tile.thread_place(w), w // 16
 
     @kernel(
-        "T* x, i8 x_row, i4 x_wide, T* dy, i8 dy_row, i4 dy_wide, T* dw, i8 dw_row, i4 dw_wide, T* db, u4* run, "
+        "T* x, i8 x_row, i4 x_wide, T* dy, i8 dy_row, i4 dy_wide, f4* dw, i8 dw_row, i4 dw_wide, f4* db, u4* run, "
         "i4 rows, i4 cols, i4 shift",
         f"dense_backward_weights{'_bias' if bias else ''}_{w}",
         registers=REGISTERS,

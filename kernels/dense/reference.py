@@ -89,7 +89,7 @@ register_op(
         arrays=(
             Array("x", "N,I"),
             Array("w", "I,O", fill=_weights),
-            Array("b", "O", optional=True),
+            Array("b", "O", optional=True, single=True),
             Array("y", "N,O", role="out"),
             Array("z", "N,O", role="out", optional=True),
         ),
@@ -120,8 +120,8 @@ register_op(
         arrays=(
             Array("x", "N,I"),
             Array("dy", "N,O"),
-            Array("dw", "I,O", role="out"),
-            Array("db", "O", role="out", optional=True),
+            Array("dw", "I,O", role="out", single=True),
+            Array("db", "O", role="out", optional=True, single=True),
         ),
         reference=dense_backward_weights,
         tolerance=partial(_tolerance, "N"),

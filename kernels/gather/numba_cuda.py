@@ -1,4 +1,5 @@
-"""Gathers on CUDA, and the launch that moves an epoch on to its next step. Copies: every bit is kept.
+"""Gathers on CUDA, and the launch that moves an epoch on to its next step. Copies: every bit is kept, unless the data
+set is float32 and the batch bfloat16, which is rounded on its way.
 
     out[i] = source[index[i]]        source (S, C) or (S,), index (N,), out (N, C) or (N,)
 
@@ -19,6 +20,7 @@ from fastdl.kernels.common.gpu import (
     ROWS,
     STEP,
     TOTAL_ROWS,
+    Kernel,
     Launch,
     Planner,
     View,
@@ -29,19 +31,25 @@ from fastdl.kernels.common.gpu import (
 from fastdl.kernels.registry import Impl, register
 
 
-@kernel("T* source, i8 source_row, i8* index, T* out, i8 out_row, u4* run, i8 cols, i4 wide")
-def gather_rows(source, source_row, index, out, out_row, run, cols, wide):
-    rows = gpu.rows_of(run)
-    c = gpu.i8(8) * gpu.column()
-    r = gpu.i8(gpu.row())
-    while r < rows and c < cols:
-        i, j = index[r] * source_row + c, r * out_row + c
-        if wide != 0 and c + 8 <= cols:
-            gpu.store8(out, j, gpu.load8(source, i))
-        else:
-            for k in range(min(gpu.i8(8), cols - c)):
-                gpu.store(out, j + k, gpu.load(source, i + k))
-        r += gpu.row_step()
+def rows_kernel(name: str, source: str) -> Kernel:
+    @kernel(f"{source} source, i8 source_row, i8* index, T* out, i8 out_row, u4* run, i8 cols, i4 wide", name)
+    def gather(source, source_row, index, out, out_row, run, cols, wide):
+        rows = gpu.rows_of(run)
+        c = gpu.i8(8) * gpu.column()
+        r = gpu.i8(gpu.row())
+        while r < rows and c < cols:
+            i, j = index[r] * source_row + c, r * out_row + c
+            if wide != 0 and c + 8 <= cols:
+                gpu.store8(out, j, gpu.load8(source, i))
+            else:
+                for k in range(min(gpu.i8(8), cols - c)):
+                    gpu.store(out, j + k, gpu.load(source, i + k))
+            r += gpu.row_step()
+
+    return gather
+
+
+GATHER, GATHER_AND_ROUND = rows_kernel("gather_rows", "T*"), rows_kernel("gather_rows_rounded", "f4*")
 
 
 @kernel("i8* source, i8* index, i8* out, u4* run")
@@ -90,7 +98,8 @@ def launch_rows(arrays: Sequence[View | None], params: Mapping[str, Any], planne
     grid, block = spans(*out.shape)
     arguments = (source, source.row_stride, index, out, out.row_stride, planner.run, out.cols)
     wide = int(source.by_eights and out.by_eights)
-    return [Launch(gather_rows, grid, block, (*arguments, wide), float_type(out))]
+    same = float_type(source) == float_type(out)
+    return [Launch(GATHER if same else GATHER_AND_ROUND, grid, block, (*arguments, wide), float_type(out))]
 
 
 def launch_labels(arrays: Sequence[View | None], params: Mapping[str, Any], planner: Planner) -> list[Launch]:

@@ -136,7 +136,8 @@ def _sum_of_exp(z, i, cols, top, wide):
 def _labels_row(z, i, targets, r, j, dz, k, cols, factor, wanted, wide):
     label = targets[r]
     top, at = _largest(z, i, cols, wide)
-    picked = gpu.load(z, i + label) - top
+    inside = 0 <= label < cols  # labels from the GPU are not looked at by the host: a wrong one makes the loss NaN
+    picked = gpu.load(z, i + label) - top if inside else gpu.f4(np.nan)
     total = _sum_of_exp(z, i, cols, top, wide)
     if wanted != 0:
         c, inverse = _lane(), factor / total
@@ -232,7 +233,7 @@ def _sum_of_partials(room, partial, which, blocks):
 
 def loss_kernel(name: str, row: Callable[..., Any], targets: str) -> Kernel:
     @kernel(
-        f"T* z, i8 z_row, {targets} targets, i8 t_row, T* weight, f8* stats, T* dz, i8 dz_row, u4* run, i8 cols, "
+        f"T* z, i8 z_row, {targets} targets, i8 t_row, f4* weight, f8* stats, T* dz, i8 dz_row, u4* run, i8 cols, "
         "i4 weighted, i4 wanted, i4 wide, f8* partial, u4* counter",
         name,
         doubles="sums over rows, one addition a row",
@@ -275,9 +276,9 @@ def loss_kernel(name: str, row: Callable[..., Any], targets: str) -> Kernel:
 
 KERNELS = {
     "softmax_cross_entropy": loss_kernel("softmax_cross_entropy", _labels_row, "i8*"),
-    "softmax_cross_entropy_onehot": loss_kernel("softmax_cross_entropy_onehot", _onehot_row, "T*"),
-    "binary_cross_entropy": loss_kernel("binary_cross_entropy", _binary_row, "T*"),
-    "mse": loss_kernel("mse", _squared_row, "T*"),
+    "softmax_cross_entropy_onehot": loss_kernel("softmax_cross_entropy_onehot", _onehot_row, "f4*"),
+    "binary_cross_entropy": loss_kernel("binary_cross_entropy", _binary_row, "f4*"),
+    "mse": loss_kernel("mse", _squared_row, "f4*"),
 }
 
 

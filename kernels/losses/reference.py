@@ -159,7 +159,7 @@ def _spec(op: str, summary: str, targets: Array, reference: object, ulp: float, 
         arrays=(
             Array("z", "N,C"),
             targets,
-            Array("weight", "N", optional=True, fill=_weights),
+            Array("weight", "N", optional=True, single=True, fill=_weights),
             Array("stats", "3", role="out", dtype="f8"),
             Array("dz", "N,C", role="out", optional=True),
         ),
@@ -189,7 +189,7 @@ SOFTMAX_CROSS_ENTROPY_ONEHOT = register_op(
     _spec(
         "softmax_cross_entropy_onehot",
         "cross-entropy of softmax(z) against a distribution per row, with its gradient",
-        Array("targets", "N,C", fill=_distribution),
+        Array("targets", "N,C", single=True, fill=_distribution),
         softmax_cross_entropy_onehot,
         32.0,
         _SOFTMAX_WHY,
@@ -200,7 +200,7 @@ BINARY_CROSS_ENTROPY = register_op(
     _spec(
         "binary_cross_entropy",
         "max(z, 0) - z t + log1p(exp(-|z|)) and its gradient sigmoid(z) - t",
-        Array("targets", "N,C", fill=_unit),
+        Array("targets", "N,C", single=True, fill=_unit),
         binary_cross_entropy,
         16.0,
         "exp and log1p 4 ulp each, one division; sigmoid - t cancels",
@@ -211,7 +211,7 @@ MSE = register_op(
     _spec(
         "mse",
         "mean of (z - t)^2 over rows and columns and its gradient",
-        Array("targets", "N,C"),
+        Array("targets", "N,C", single=True),
         mse,
         4.0,
         "one rounding per operation; columns are summed in blocks, then in float64",

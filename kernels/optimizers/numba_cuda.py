@@ -1,6 +1,7 @@
 """Optimisers on CUDA: one launch over both groups of parameters, 28 bytes a parameter for Adam and nothing else.
 
-Formulas and papers: reference.py. A thread takes eight parameters. The first group has weight decay, the second none;
+Formulas and papers: reference.py. Where products read bfloat16, the sweep keeps a rounded copy of the parameters (2
+bytes more). A thread takes eight parameters. The first group has weight decay, the second none;
 blocks of the second follow those of the first in the grid. Step and learning rate come from the run-time block, so a
 captured step stays right: 1 - beta^t is -expm1(t log beta), which float32 gets to 1e-7 for every t, where a product of
 t factors would not. 1 - beta comes from the host for the same reason: 1 - float32(0.999) is off by 1e-5.
@@ -26,7 +27,8 @@ if not gpu.MISSING:
 
 #: Blocks of the squared norm: enough to fill the device, few enough for one block to add up.
 NORM_BLOCKS = 4 * 132
-Group = tuple[Sequence[View | None], Mapping[str, Any]]
+#: Arrays, params, and where a bfloat16 copy of the parameters is kept, if one is.
+Group = tuple[Sequence[View | None], Mapping[str, Any], View | None]
 
 
 # ---------------------------------------------------------------------------------------------- points
@@ -83,7 +85,7 @@ def _clip(scale, clipped):
 
 # ---------------------------------------------------------------------------------------------- sweeps
 @gpu.point
-def _adam(w, g, m, v, i, n, scale, l2, keep, betas, factors, wide):
+def _adam(w, g, m, v, rounded, i, n, scale, l2, keep, betas, factors, copied, wide):
     zero, whole = gpu.f4(0), wide != 0 and n >= 8
     weight, first = gpu.take8(w, i, n, whole, zero), gpu.take8(m, i, n, whole, zero)
     d = _gradient8(gpu.take8(g, i, n, whole, zero), weight, scale, l2)
@@ -91,19 +93,22 @@ def _adam(w, g, m, v, i, n, scale, l2, keep, betas, factors, wide):
     second = _v8(d, gpu.take8(v, i, n, whole, zero), betas[2], betas[3])
     gpu.give8(m, i, first, n, whole)
     gpu.give8(v, i, second, n, whole)
-    gpu.give8(w, i, _adam8(weight, first, second, keep, factors), n, whole)
+    weight = _adam8(weight, first, second, keep, factors)
+    gpu.give8(w, i, weight, n, whole)
+    if copied != 0:
+        gpu.give8(rounded, i, weight, n, whole)
 
 
 @kernel(
     "u4* run, f8* scale, i4 clipped, f4 lr_factor, f4 beta1, f4 gain1, f4 log1, f4 beta2, f4 gain2, f4 log2, f4 eps, "
-    "i4 first_blocks, i4 wide, T* w, T* g, T* m, T* v, i8 n, f4 l2, f4 decay, "
-    "T* w2, T* g2, T* m2, T* v2, i8 n2, f4 l2_2, f4 decay2",
+    "i4 first_blocks, i4 copied, i4 wide, T* w, T* g, T* m, T* v, u2* rounded, i8 n, f4 l2, f4 decay, "
+    "T* w2, T* g2, T* m2, T* v2, u2* rounded2, i8 n2, f4 l2_2, f4 decay2",
     doubles="reads the factor of clipping",
     registers=96,
 )
 def adam_step(
     run, scale, clipped, lr_factor, beta1, gain1, log1, beta2, gain2, log2, eps, first_blocks,
-    wide, w, g, m, v, n, l2, decay, w2, g2, m2, v2, n2, l2_2, decay2,
+    copied, wide, w, g, m, v, rounded, n, l2, decay, w2, g2, m2, v2, rounded2, n2, l2_2, decay2,
 ):  # fmt: skip
     one = gpu.f4(1)
     lr = _rate(run, lr_factor)
@@ -113,15 +118,16 @@ def adam_step(
     if block < first_blocks:
         i = gpu.i8(8) * gpu.column()
         if i < n:
-            _adam(w, g, m, v, i, n - i, factor, l2, one - lr * decay, betas, factors, wide)
+            _adam(w, g, m, v, rounded, i, n - i, factor, l2, one - lr * decay, betas, factors, copied, wide)
     else:
         i = gpu.i8(8) * (gpu.column() - gpu.i8(first_blocks) * THREADS)
         if i < n2:
-            _adam(w2, g2, m2, v2, i, n2 - i, factor, l2_2, one - lr * decay2, betas, factors, wide)
+            keep = one - lr * decay2
+            _adam(w2, g2, m2, v2, rounded2, i, n2 - i, factor, l2_2, keep, betas, factors, copied, wide)
 
 
 @gpu.point
-def _sgd(w, g, v, i, n, scale, l2, keep, factors, moving, wide):
+def _sgd(w, g, v, rounded, i, n, scale, l2, keep, factors, moving, copied, wide):
     zero, whole = gpu.f4(0), wide != 0 and n >= 8
     weight = gpu.take8(w, i, n, whole, zero)
     d = _gradient8(gpu.take8(g, i, n, whole, zero), weight, scale, l2)
@@ -129,18 +135,22 @@ def _sgd(w, g, v, i, n, scale, l2, keep, factors, moving, wide):
     if moving != 0:
         speed = _velocity8(gpu.take8(v, i, n, whole, zero), d, factors[1])
         gpu.give8(v, i, speed, n, whole)
-    gpu.give8(w, i, _sgd8(weight, d, speed, keep, factors), n, whole)
+    weight = _sgd8(weight, d, speed, keep, factors)
+    gpu.give8(w, i, weight, n, whole)
+    if copied != 0:
+        gpu.give8(rounded, i, weight, n, whole)
 
 
 @kernel(
-    "u4* run, f8* scale, i4 clipped, f4 lr_factor, f4 momentum, i4 nesterov, i4 moving, i4 first_blocks, i4 wide, "
-    "T* w, T* g, T* v, i8 n, f4 l2, f4 decay, T* w2, T* g2, T* v2, i8 n2, f4 l2_2, f4 decay2",
+    "u4* run, f8* scale, i4 clipped, f4 lr_factor, f4 momentum, i4 nesterov, i4 moving, i4 first_blocks, i4 copied, "
+    "i4 wide, T* w, T* g, T* v, u2* rounded, i8 n, f4 l2, f4 decay, "
+    "T* w2, T* g2, T* v2, u2* rounded2, i8 n2, f4 l2_2, f4 decay2",
     doubles="reads the factor of clipping",
     registers=96,
 )
 def sgd_step(
-    run, scale, clipped, lr_factor, momentum, nesterov, moving, first_blocks, wide,
-    w, g, v, n, l2, decay, w2, g2, v2, n2, l2_2, decay2,
+    run, scale, clipped, lr_factor, momentum, nesterov, moving, first_blocks, copied, wide,
+    w, g, v, rounded, n, l2, decay, w2, g2, v2, rounded2, n2, l2_2, decay2,
 ):  # fmt: skip
     one = gpu.f4(1)
     lr = _rate(run, lr_factor)
@@ -149,11 +159,25 @@ def sgd_step(
     if block < first_blocks:
         i = gpu.i8(8) * gpu.column()
         if i < n:
-            _sgd(w, g, v, i, n - i, factor, l2, one - lr * decay, factors, moving, wide)
+            _sgd(w, g, v, rounded, i, n - i, factor, l2, one - lr * decay, factors, moving, copied, wide)
     else:
         i = gpu.i8(8) * (gpu.column() - gpu.i8(first_blocks) * THREADS)
         if i < n2:
-            _sgd(w2, g2, v2, i, n2 - i, factor, l2_2, one - lr * decay2, factors, moving, wide)
+            keep = one - lr * decay2
+            _sgd(w2, g2, v2, rounded2, i, n2 - i, factor, l2_2, keep, factors, moving, copied, wide)
+
+
+@kernel("f4* w, u2* rounded, i8 n")
+def round_parameters(w, rounded, n):
+    i = gpu.i8(8) * gpu.column()
+    if i < n:
+        whole = n - i >= 8
+        gpu.give8(rounded, i, gpu.take8(w, i, n - i, whole, gpu.f4(0)), n - i, whole)
+
+
+def round_launch(w: View, rounded: View) -> Launch:
+    """The bfloat16 copy of parameters that the host has written; both start at a multiple of 16 bytes."""
+    return Launch(round_parameters, (max(1, _blocks(w)), 1), (THREADS, 1), (w, rounded, w.rows))
 
 
 # ---------------------------------------------------------------------------------------------- global norm
@@ -192,24 +216,25 @@ def _blocks(view: View) -> int:
 
 
 def _is_wide(groups: Sequence[Group]) -> int:
-    return int(all(v.address % 16 == 0 for arrays, _ in groups for v in arrays[:-1] if v is not None))
+    return int(all(v.address % 16 == 0 for arrays, _, copy in groups for v in (*arrays[:-1], copy) if v is not None))
 
 
 def update_launch(groups: Sequence[Group], planner: Planner) -> Launch:
     """One sweep over one or two groups of (arrays, params) of an optimiser that differ in their decay alone."""
-    (arrays, params), second = groups[0], groups[1] if len(groups) > 1 else None
+    (arrays, params, copy), second = groups[0], groups[1] if len(groups) > 1 else None
     adam = "beta1" in params
     scale = arrays[-1]
-    spans = [part for group in (groups[0], second) for part in _span(group, len(arrays) - 1)]
+    spans = [part for group in (groups[0], second) for part in _span(group, len(arrays))]
+    flags = int(copy is not None), _is_wide([g for g in (groups[0], second) if g])
     first = _blocks(arrays[0])
     grid = max(1, first + (0 if second is None else _blocks(second[0][0]))), 1
     common = (planner.run, scale, int(scale is not None), params["lr_factor"])
     if adam:
         rates = [(b, 1.0 - b, math.log(b) if b else -math.inf) for b in (params["beta1"], params["beta2"])]
-        found = (*common, *rates[0], *rates[1], params["eps"], first, _is_wide(groups), *spans)
+        found = (*common, *rates[0], *rates[1], params["eps"], first, *flags, *spans)
     else:
         moving = int(arrays[2] is not None)
-        found = (*common, params["momentum"], params["nesterov"], moving, first, _is_wide(groups), *spans)
+        found = (*common, params["momentum"], params["nesterov"], moving, first, *flags, *spans)
     return Launch(adam_step if adam else sgd_step, grid, (THREADS, 1), found, float_type(arrays[0]))
 
 
@@ -217,12 +242,12 @@ def _span(group: Group | None, pointers: int) -> list[Any]:
     """Pointers, size and decays of a group, or of none."""
     if group is None:
         return [*[None] * pointers, 0, 0.0, 0.0]
-    arrays, params = group
-    return [*arrays[:-1], arrays[0].rows, params["l2"], params["weight_decay"]]
+    arrays, params, copy = group
+    return [*arrays[:-1], copy, arrays[0].rows, params["l2"], params["weight_decay"]]
 
 
 def launch_update(arrays: Sequence[View | None], params: Mapping[str, Any], planner: Planner) -> list[Launch]:
-    return [update_launch([(arrays, params)], planner)]
+    return [update_launch([(arrays, params, None)], planner)]
 
 
 def launch_norm(arrays: Sequence[View | None], params: Mapping[str, Any], planner: Planner) -> list[Launch]:
