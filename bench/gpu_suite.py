@@ -32,7 +32,8 @@ sys.path[:0] = [str(ROOT)]
 Result = dict[str, Any]
 #: (rows, columns) of the bandwidth table: 2 GB and more in float32 with input and output.
 LARGE = (65536, 4096)
-#: (name, layers, width, batch) of the training steps; the bars are those of the peers' ratios.
+#: (name, layers, width, batch) of the training steps; the bars are those of the peers' ratios, in bfloat16 with float32
+#: parameters on both sides.
 STEPS = (
     ("4 x 256, batch 1024", 4, 256, 1024, {"eager": 12.0, "compiled": 5.0, "graphed": 1.8}),
     ("4 x 1024, batch 1024", 4, 1024, 1024, {"eager": 3.5, "compiled": 1.8, "graphed": 1.3}),
@@ -67,6 +68,28 @@ def facts() -> Iterator[Result]:
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         yield {"what": "nvidia-smi", **dict(zip(fields.split(","), told.split(", "), strict=False))}
+    yield from _epilogues(gpu)
+
+
+def _epilogues(gpu: Any) -> Iterator[Result]:
+    """Which products the library has for 1024 x 1024 x 1024."""
+    from fastdl.kernels.common.gpu import EPILOGUES, Product, View
+    from fastdl.kernels.dense import cublaslt
+
+    if gpu.library is None:
+        yield {"what": "cublaslt", "not measured": cublaslt.missing()}
+        return
+    size, room = 1024, gpu.allocate(4 << 20)
+    for dtype in (np.dtype(np.float32), "bfloat16"):
+        matrix, vector = View(room, (size, size), size, dtype), View(room, (size,), 1, dtype)
+        bits = View(room, (size, size // 32), size // 32, np.dtype(np.uint32))
+        found = {}
+        for epilogue in EPILOGUES:
+            given = vector if "BIAS" in epilogue or epilogue == "BGRADA" else None
+            aux = bits if "RELU" in epilogue else matrix
+            aux = aux if "AUX" in epilogue or (epilogue.startswith("D") and epilogue != "DEFAULT") else None
+            found[epilogue] = gpu.library.has(Product(matrix, matrix, matrix, epilogue=epilogue, vector=given, aux=aux))
+        yield {"what": f"cublaslt {dtype}", **found}
 
 
 def correctness() -> Iterator[Result]:
@@ -76,6 +99,7 @@ def correctness() -> Iterator[Result]:
         "special values, arguments": ["tests/contract/test_special_values.py", "-k", "cuda"],
         "whole steps and epochs": ["tests/test_cuda_training.py", "-k", "not interpreted"],
         "drift and masks": ["tests/test_training_drift.py"],
+        "products of cuBLASLt": ["tests/test_cublaslt.py"],
     }
     for name, arguments in suites.items():
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
@@ -149,26 +173,51 @@ def bandwidth() -> Iterator[Result]:
 
 
 def steps() -> Iterator[Result]:
-    """Whole training steps beside PyTorch eager, compiled and as a CUDA graph; float32 without TF32 on both sides."""
+    """Whole training steps beside PyTorch eager, compiled and as a CUDA graph, with the same types on both sides.
+
+    bfloat16 has float32 parameters (PyTorch: autocast), float32 is without TF32.
+    """
+    for name, count, width, batch, bars in STEPS:
+        for dtype in ("bfloat16", "float32"):
+            if dtype == "bfloat16" or width < 8192:
+                yield from _steps(f"{name}, {dtype}", count, width, batch, dtype, bars if dtype == "bfloat16" else {})
+
+
+def _steps(name: str, count: int, width: int, batch: int, dtype: str, bars: dict[str, float]) -> Iterator[Result]:
     import fastdl as fd
     from fastdl.builder import Feed
 
-    for name, count, width, batch, bars in STEPS:
-        rng = np.random.default_rng(0)
-        X = rng.standard_normal((batch, width)).astype(np.float32)
-        y = rng.integers(0, 10, batch)
-        hidden = [layer for _ in range(count - 1) for layer in (fd.layers.Dense(width), fd.layers.ReLU())]
-        net = fd.Sequential([*hidden, fd.layers.Dense(10)], seed=1)
-        net.compile("softmax_cross_entropy", backend="cuda").build(width)
-        net.train_on_batch(X, y)
-        bound = net._runtime.train(batch, Feed(labels=True))
-        graph = bound.executor.graph_of_step()
-        graph.replay(5)
-        ours = statistics.median(bound.executor.device.seconds(graph, 20) / 20 for _ in range(9))
-        yield {"what": name, "library": "fastdl", "seconds": ours}
-        for library, seconds in _torch_steps(count, width, batch):
-            found = {"what": name, "library": library, "seconds": seconds, "ratio": seconds / ours}
-            yield found | ({"bar": bars[library]} if library in bars else {})
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((batch, width)).astype(np.float32)
+    y = rng.integers(0, 10, batch)
+    hidden = [layer for _ in range(count - 1) for layer in (fd.layers.Dense(width), fd.layers.ReLU())]
+    net = fd.Sequential([*hidden, fd.layers.Dense(10)], seed=1)
+    kind = "mixed_bfloat16" if dtype == "bfloat16" else dtype
+    net.compile("softmax_cross_entropy", backend="cuda", dtype=kind).build(width)
+    net.train_on_batch(X, y)
+    bound = net._runtime.train(batch, Feed(labels=True))
+    graph = bound.executor.graph_of_step()
+    graph.replay(5)
+    ours = statistics.median(bound.executor.device.seconds(graph, 20) / 20 for _ in range(9))
+    yield {"what": name, "library": "fastdl", "seconds": ours}
+    if width >= 8192:
+        yield {"what": name, **_share_of_rooflines(bound.executor, ours)}
+    for library, seconds in _torch_steps(count, width, batch, dtype):
+        found = {"what": name, "library": library, "seconds": seconds, "ratio": seconds / ours}
+        yield found | ({"bar": bars[library]} if library in bars else {})
+
+
+def _share_of_rooflines(executor: Any, seconds: float) -> Result:
+    """The least time of a step's products and of its optimiser, by rates of the same run, as a share of its time."""
+    try:
+        import torch
+    except ImportError:
+        return {"not measured": "torch, whose product is the roofline, is absent"}
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * 8192**3 / _torch_seconds(lambda: a @ b)
+    program, moved = executor.program, 30 * executor.memory.parameters.size  # Adam's 28 bytes and the rounded copy
+    least = program.flops() / rate + moved / _copy(executor.device)
+    return {"share of rooflines": least / seconds, "bar": 0.93}
 
 
 def sanitizer() -> Iterator[Result]:
@@ -254,7 +303,7 @@ def _torch_seconds(call: Callable[[], Any], times: int = 10) -> float:
     return statistics.median(found)
 
 
-def _torch_steps(count: int, width: int, batch: int) -> Iterator[tuple[str, float]]:
+def _torch_steps(count: int, width: int, batch: int, dtype: str) -> Iterator[tuple[str, float]]:
     try:
         import torch
         import torch.nn.functional as F
@@ -268,7 +317,9 @@ def _torch_steps(count: int, width: int, batch: int) -> Iterator[tuple[str, floa
 
     def step(run: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(run(x), y).backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = F.cross_entropy(run(x), y)
+        loss.backward()
         optimizer.step()
 
     yield "eager", _torch_seconds(lambda: step(model))

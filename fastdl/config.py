@@ -6,6 +6,8 @@ variable                 meaning
 ``FASTDL_BACKEND``       back end of everything that does not name one
 ``FASTDL_NUM_THREADS``   threads of everything that does not name a number
 ``FASTDL_SIMD``          SIMD level of the compiled kernels: portable, avx2 or avx512
+``FASTDL_CUBLASLT``      0: CUDA's dense products by our own kernels alone
+``FASTDL_TF32``          1: cuBLASLt may round operands of float32 products to 11 bits
 ``FASTDL_BFLOAT16``      what multiplies bfloat16 at the avx512 level: amx or avx512_bf16
 =======================  =========================================================================
 """

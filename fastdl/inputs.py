@@ -1,10 +1,15 @@
-"""The boundary: arrays of the caller's become arrays of the model's dtype, once, or an error says why not."""
+"""The boundary: arrays of the caller's become arrays of the model's dtype, once, or an error says why not.
+
+Arrays in GPU memory (PyTorch, CuPy, Numba, JAX) are taken as they are by a model on a GPU, and refused by others.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+
+from fastdl.losses import Loss
 
 
 def whole_number(value: Any, what: str, least: int = 1) -> int:
@@ -14,8 +19,27 @@ def whole_number(value: Any, what: str, least: int = 1) -> int:
     return int(value)
 
 
-def as_matrix(value: Any, dtype: Any, name: str) -> np.ndarray:
-    """(N, features) in rows, of the model's dtype; no copy when it is so already."""
+def _from_gpu(value: Any, dtypes: tuple[Any, ...], name: str, gpu: bool, ndim: int | None = None) -> Any:
+    """An array in GPU memory as it is (`fastdl.cuda.arrays.DeviceArray`), or None for all others."""
+    if isinstance(value, (np.ndarray, list)):
+        return None
+    from fastdl.cuda.arrays import adopt, on_device
+
+    if not on_device(value):
+        return None
+    if not gpu:
+        raise TypeError(
+            f"{name}: expected an array in host memory, found {type(value).__name__} in GPU memory; "
+            "compile(backend='cuda'), or copy it with .cpu() or .get()"
+        )
+    return adopt(value, name, dtypes, ndim)
+
+
+def as_matrix(value: Any, dtype: Any, name: str, gpu: bool = False) -> Any:
+    """(N, features) in rows, of the model's dtype; no copy when it is so already.
+
+    ``gpu`` says that the model runs on one and takes arrays in its memory.
+    """
     if (
         type(value) is np.ndarray
         and value.dtype == dtype
@@ -24,6 +48,8 @@ def as_matrix(value: Any, dtype: Any, name: str) -> np.ndarray:
         and value.size
     ):
         return value
+    if (found := _from_gpu(value, (dtype,), name, gpu, 2)) is not None:
+        return found
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected an array of numbers, found dtype {array.dtype}; encode it as numbers first")
@@ -34,10 +60,30 @@ def as_matrix(value: Any, dtype: Any, name: str) -> np.ndarray:
     return np.ascontiguousarray(array, dtype)
 
 
-def as_weights(value: Any, rows: int, dtype: Any) -> np.ndarray | None:
-    """Sample weights (N,): finite, not negative, not all zero."""
+def as_targets(value: Any, loss: Loss, width: int, dtype: Any, name: str, gpu: bool = False) -> Any:
+    """Targets as `Loss.check_targets` has them. In GPU memory their values are not looked at."""
+    labels = loss.target_kind == "labels"
+    one = getattr(value, "ndim", 0) == 1
+    found = _from_gpu(value, (np.int64,) if labels and one else (dtype,), name, gpu)
+    if found is None:
+        return loss.check_targets(value, width, dtype)
+    if one and not labels and width == 1:
+        return found.reshaped(found.shape[0], 1)
+    if not (one and labels) and (found.ndim != 2 or found.shape[1] != width):
+        kinds = f"labels of shape (N,) or distributions of shape (N, {width})" if labels else f"shape (N, {width})"
+        raise ValueError(f"{name}: expected {kinds}, found shape {found.shape}")
+    return found
+
+
+def as_weights(value: Any, rows: int, dtype: Any, gpu: bool = False) -> Any:
+    """Sample weights (N,): finite, not negative, not all zero. In GPU memory their values are not looked at."""
     if value is None:
         return None
+    found = _from_gpu(value, (dtype,), "sample_weight", gpu, 1)
+    if found is not None:
+        if found.shape != (rows,):
+            raise ValueError(f"sample_weight: expected shape ({rows},), one per row, found {found.shape}")
+        return found
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"sample_weight: expected numbers, found dtype {array.dtype}")

@@ -14,14 +14,14 @@ from fastdl.builder import Bound, Feed
 from fastdl.callbacks import Callback
 from fastdl.errors import BackendUnavailable, ModelFileError
 from fastdl.executor import Run
-from fastdl.inputs import as_matrix, as_weights, split_validation, whole_number
+from fastdl.inputs import as_matrix, as_targets, as_weights, split_validation, whole_number
 from fastdl.kernels import dispatch
 from fastdl.kernels.common.gpu import Launch
 from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
 from fastdl.program import Program
-from fastdl.runtime import PREDICT_ROWS, Runtime, Settings
+from fastdl.runtime import Runtime, Settings
 from fastdl.trainer import evaluate_batches, train
 
 DTYPES = ("float32", "float64", dispatch.MIXED)
@@ -81,11 +81,11 @@ class Sequential:
         ----------
         loss : {"softmax_cross_entropy", "binary_cross_entropy", "mse"} or Loss
         optimizer : {"sgd", "adam", "adamw"} or Optimizer
-        backend : {"auto", "numpy", "numba", "cython"}
+        backend : {"auto", "numpy", "numba", "cython", "cuda"}
         threads : "auto" or int
         dtype : {"float32", "float64", "mixed_bfloat16"}
-            The last one keeps float32 parameters, arrays and sums, and rounds the operands of dense products to
-            bfloat16; compiled back end, CPUs with AMX or AVX512-BF16.
+            The last one keeps float32 parameters and sums, and rounds the operands of dense products to bfloat16, on
+            a GPU every matrix between two calls: compiled back end, on CPUs with AMX or AVX512-BF16, and CUDA.
         fuse : bool
             False runs the calls as the layers name them.
 
@@ -148,6 +148,9 @@ class Sequential:
     def optimizer(self) -> optimizers.Optimizer | None:
         return self._settings.optimizer
 
+    def _on_gpu(self) -> bool:
+        return config.resolve_backend(None, self._settings.backend) == "cuda"
+
     def _loss(self) -> losses.Loss:
         if self.loss is None:
             raise ValueError("the model has no loss yet: call compile(loss=..., optimizer=...) first")
@@ -155,13 +158,13 @@ class Sequential:
 
     def _inputs(self, X: Any, y: Any, sample_weight: Any, name: str = "") -> tuple[np.ndarray, np.ndarray, Any]:
         """X, targets and weights as the kernels take them, checked against each other and the model."""
-        dtype = self._settings.float
-        X = as_matrix(X, dtype, f"{name}X")
+        dtype, gpu = self._settings.float, self._on_gpu()
+        X = as_matrix(X, dtype, f"{name}X", gpu)
         width = self._ready(X.shape[1]).builder.out_width
-        targets = self._loss().check_targets(y, width, dtype)
+        targets = as_targets(y, self._loss(), width, dtype, f"{name}y", gpu)
         if targets.shape[0] != X.shape[0]:
             raise ValueError(f"{name}y: expected {X.shape[0]} rows, as many as X has, found {targets.shape[0]}")
-        return X, targets, as_weights(sample_weight, X.shape[0], dtype)
+        return X, targets, as_weights(sample_weight, X.shape[0], dtype, gpu)
 
     # ------------------------------------------------------------------ training
     def fit(
@@ -182,9 +185,11 @@ class Sequential:
         Parameters
         ----------
         X : array-like (N, I)
-            Converted once to the model's dtype.
+            Converted once to the model's dtype. With ``backend="cuda"`` it may lie in GPU memory (PyTorch, CuPy, Numba
+            or JAX; float32): nothing is copied then.
         y : array-like
-            Labels (N,) for ``softmax_cross_entropy``; values (N, O) for the other losses.
+            Labels (N,) for ``softmax_cross_entropy``; values (N, O) for the other losses. In GPU memory int64 or
+            float32; values are not checked there, and a label without an output makes the loss NaN.
         batch_size, epochs : int
             The last batch of an epoch may be smaller.
         validation_data : (X, y) or (X, y, sample_weight), optional
@@ -217,10 +222,9 @@ class Sequential:
                 X, targets, weight, validation_data = split_validation(X, targets, weight, validation_split)
             runtime = self._ready()
             count, batch = X.shape[0], min(batch_size, X.shape[0])
-            bound = runtime.train(batch, Feed(count, shuffle, weight is not None, targets.ndim == 1))
-            bound.feed(X, targets, weight)
+            executor = runtime.epochs(X, targets, weight, batch, shuffle)
             metric = self._loss().metric
-            return train(self, bound.executor, count, batch, epochs, validation_data, list(callbacks), verbose, metric)
+            return train(self, executor, count, batch, epochs, validation_data, list(callbacks), verbose, metric)
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """One training step; returns the batch's mean loss before the update."""
@@ -247,12 +251,13 @@ class Sequential:
         if not training:
             return self.predict(X)
         with self._lock:
-            X = as_matrix(X, self._settings.float, "X")
+            X = as_matrix(X, self._settings.float, "X", self._on_gpu())
             runtime, rows = self._ready(X.shape[1]), X.shape[0]
             bound = runtime.loop(rows)
             executor = bound.executor
             executor.slot(bound.x, X)
-            executor.slot(bound.dy, np.zeros((rows, runtime.builder.out_width), X.dtype))  # until backward() knows
+            blank = np.zeros((rows, runtime.builder.out_width), self._settings.float)
+            executor.slot(bound.dy, blank)  # until backward() knows
             executor.run(Run(rows=rows, step=self.step, total_rows=rows), "feed", "forward")
             self._last = bound, rows
             return executor.read(bound.y, rows)
@@ -274,7 +279,7 @@ class Sequential:
         """
         with self._lock:
             bound, rows = self._last_pass()
-            dy = as_matrix(dy, self._settings.float, "dy")
+            dy = as_matrix(dy, self._settings.float, "dy", self._on_gpu())
             shape = rows, self._runtime.builder.out_width
             if dy.shape != shape:
                 raise ValueError(f"dy: expected shape {shape}, found {dy.shape}")
@@ -306,14 +311,14 @@ class Sequential:
         with self._lock:
             if self._runtime is not None and (out := self._runtime.predict_direct(X)) is not None:
                 return out
-            X = as_matrix(X, self._settings.float, "X")
+            X = as_matrix(X, self._settings.float, "X", self._on_gpu())
             return self._ready(X.shape[1]).predict(X)
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, and accuracy where the loss has one, with running statistics and no dropout."""
         with self._lock:
             X, targets, weight = self._inputs(X, y, sample_weight)
-            rows = min(PREDICT_ROWS[-1], X.shape[0])
+            rows = min(self._runtime.most_rows, X.shape[0])
             bound = self._runtime.evaluate(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
             total, mass, correct = evaluate_batches(bound, X, targets, weight, rows)
             found = {"loss": total / mass}
@@ -376,7 +381,10 @@ class Sequential:
         """Every launch of this model on a GPU: training, validation, prediction and loops of the user's own."""
         with self._lock:
             return [
-                launch for e in self._ready().on_paper(batch_size) for step in e.plan.steps for launch in step.launches
+                launch
+                for e in self._ready().on_paper(batch_size)
+                for step in e.plan().steps
+                for launch in step.launches
             ]
 
     def explain(self) -> str:

@@ -29,6 +29,8 @@ KEPT = 8
 #: Maximum rows of prediction Programs: one row has a Program of its own, on one thread, and few rows get no more
 #: threads than they keep busy. Larger batches gain nothing and cost cache.
 PREDICT_ROWS = (1, 16, 64, 256)
+#: And on a GPU, which few rows do not fill.
+GPU_ROWS = 1 << 14
 #: Which of them takes so many rows.
 CAPACITY = [next(most for most in PREDICT_ROWS if most >= rows) for rows in range(PREDICT_ROWS[-1] + 1)]
 
@@ -178,6 +180,19 @@ class Runtime:
             lambda: self.builder.train(rows, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse),
         )
 
+    def epochs(self, X: Any, targets: Any, weight: Any, batch: int, shuffle: bool) -> Any:
+        """An executor of training steps over a data set; through pinned buffers where a GPU has no room for it."""
+        count, labels, weighted = X.shape[0], targets.ndim == 1, weight is not None
+        if self.backend == "cuda":
+            from fastdl.cuda.staging import Staged, fits
+
+            if not fits(self.memory.mirror.device, X, targets, weight):
+                bound = self.train(batch, Feed(weighted=weighted, labels=labels))
+                return Staged(bound, X, targets, weight, batch, shuffle, self.seed)
+        bound = self.train(batch, Feed(count, shuffle, weighted, labels))
+        bound.feed(X, targets, weight)
+        return bound.executor
+
     def keep_quick(self, bound: Bound) -> None:
         """Remember the quick way into a training step, where it has one."""
         step = bound.executor.single(bound.x, bound.targets)
@@ -202,21 +217,34 @@ class Runtime:
             ("loop", None, rows), lambda: self.builder.loop(rows, s.optimizer, self.memory, self.moments, s.fuse)
         )
 
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Output of the last layer for every row of a contiguous matrix of the model's dtype and width."""
-        out = np.empty((X.shape[0], self.builder.out_width), X.dtype)
-        for start in range(0, X.shape[0], PREDICT_ROWS[-1]):
-            x, y = X[start : start + PREDICT_ROWS[-1]], out[start : start + PREDICT_ROWS[-1]]
-            rows = CAPACITY[x.shape[0]]
+    @property
+    def most_rows(self) -> int:
+        """Rows that prediction takes at a time."""
+        return GPU_ROWS if self.backend == "cuda" else PREDICT_ROWS[-1]
+
+    def predict(self, X: Any) -> Any:
+        """Output of the last layer for every row of a contiguous matrix of the model's dtype and width.
+
+        For a matrix in GPU memory the result lies there too.
+        """
+        on_host = isinstance(X, np.ndarray)
+        shape, most = (X.shape[0], self.builder.out_width), self.most_rows
+        out = np.empty(shape, X.dtype) if on_host else X.like(shape)
+        for start in range(0, X.shape[0], most):
+            x, y = X[start : start + most], out[start : start + most]
+            count = x.shape[0]
+            rows = CAPACITY[count] if count <= PREDICT_ROWS[-1] else 1 << (count - 1).bit_length()
             bound = self._get(
                 ("predict", None, rows), lambda rows=rows: self.builder.predict(rows, self.memory, self.settings.fuse)
             )
             bound.executor.slot(bound.x, x)
             bound.executor.slot(bound.y, y)
-            bound.executor.run(Run(rows=x.shape[0], total_rows=x.shape[0]))
+            bound.executor.run(Run(rows=count, total_rows=count))
             bound.direct = bound.direct or bound.executor.direct(bound.x, bound.y)
             bound.executor.slot(bound.x, None)
             bound.executor.slot(bound.y, None)
+        if not on_host:
+            self.memory.mirror.device.synchronize()  # the caller may write to X again at once, on any stream
         return out
 
     def predict_direct(self, X: Any) -> np.ndarray | None:
@@ -267,7 +295,7 @@ class Runtime:
         from fastdl.cuda.plan import described
 
         executor = next(self.on_paper(rows))
-        plan = executor.plan
+        plan = executor.plan()
         scratch = sum(v.nbytes for v in plan.planner.scratches)
         return described(executor.program, plan.steps, scratch)
 

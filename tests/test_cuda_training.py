@@ -11,7 +11,9 @@ import pytest
 
 import fastdl as fd
 from fastdl import layers
+from fastdl.cuda.arrays import DeviceArray
 from fastdl.kernels.common import driver, numba_cuda
+from fastdl.kernels.common.gpu import Product
 
 needs_compiler = pytest.mark.skipif(numba_cuda.MISSING is not None, reason=str(numba_cuda.MISSING))
 
@@ -237,3 +239,180 @@ def test_a_model_that_is_dropped_gives_its_memory_back() -> None:
 def test_other_types_are_refused(device) -> None:
     with pytest.raises(fd.errors.BackendUnavailable, match=r"computes in float32"):
         fd.Sequential(plain(2)).compile("mse", backend="cuda", dtype="float64")
+
+
+# ---------------------------------------------------------------------------------------------- with a library
+class Library:
+    """cuBLASLt as documented (`gpu.products`), of which parts may be missing."""
+
+    def __init__(self, without: tuple[str, ...] = ()) -> None:
+        self.without = without
+
+    def has(self, product: Product) -> bool:
+        return product.epilogue not in self.without
+
+
+@pytest.fixture
+def with_library(request: pytest.FixtureRequest) -> Iterator[object]:
+    from gpu.device import Interpreted
+
+    gpu = Interpreted(Library(getattr(request, "param", ())))
+    before = driver.use(gpu)
+    yield gpu
+    driver.use(before)
+
+
+MISSING_PARTS = [(), ("RELU_AUX_BIAS",), ("DRELU",), ("BGRADA",), ("RELU_BIAS", "RELU_AUX_BIAS"), ("DEFAULT",)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_library", MISSING_PARTS, ids=lambda parts: "-".join(parts) or "whole", indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_products_of_a_library(with_library, dtype: str) -> None:
+    """Whole epochs, with a smaller batch at the end, by products where the library has them."""
+    X, y = data(45, 16)
+    nets = [fd.Sequential(plain(3), seed=3) for _ in range(2)]
+    for net, backend, kind in zip(nets, ("numpy", "cuda"), ("float32", dtype), strict=True):
+        net.compile("softmax_cross_entropy", fd.optimizers.SGD(0.1, momentum=0.9), backend=backend, dtype=kind)
+    histories = [n.fit(X, y, batch_size=32, epochs=2, verbose=0) for n in nets]
+    coarse = dtype != "float32"
+    np.testing.assert_allclose(histories[1]["loss"], histories[0]["loss"], rtol=0.01 if coarse else 1e-5)
+    close(*nets, 0.01 if coarse else 2e-5)
+    products = {str(p).split()[1] for p in with_library.launched if isinstance(p, Product)}
+    assert products
+    assert not {part.lower() for part in with_library.library.without} & products
+    if not with_library.library.without:
+        assert {"relu_aux_bias", "drelu", "bgrada", "bias"} <= products
+
+
+@needs_compiler
+@pytest.mark.parametrize("stack", ["gelu_tanh", "elu", "normalised", "dropped"])
+def test_products_and_sweeps(stack: str, with_library) -> None:
+    stacks = {
+        "normalised": normalised(2),
+        "dropped": [layers.Dense(24), layers.ReLU(), layers.Dropout(0.3), layers.Dense(16), layers.Dropout(0.2)],
+    }
+    hidden = [layers.Dense(24), layers.Activation(stack)] if stack not in stacks else stacks[stack]
+    X, y = data(20, 16)
+    nets = pair([*hidden, layers.Dense(5)], 16)
+    for net in nets:
+        net.train_on_batch(X, y)
+        net.train_on_batch(X[:13], y[:13])
+    close(*nets)
+    epilogues = {p.epilogue for p in with_library.launched if isinstance(p, Product)}
+    assert stack != "gelu_tanh" or {"GELU_AUX_BIAS", "DGELU"} <= epilogues
+    np.testing.assert_allclose(nets[1].predict(X), nets[0].predict(X), atol=1e-4)
+
+
+@needs_compiler
+def test_launches_with_a_library(with_library) -> None:
+    X, y = data(32, 20)
+    for count in (2, 4):
+        net = fd.Sequential(plain(count), seed=1).compile("softmax_cross_entropy", backend="cuda")
+        net.train_on_batch(X, y)
+        with_library.launched.clear()
+        net.train_on_batch(X, y)
+        assert len(with_library.launched) - 1 <= 3 * count + 1  # one brings the batch in
+
+
+# ---------------------------------------------------------------------------------------------- large data sets
+@needs_compiler
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_data_set_that_does_not_fit_is_staged(shuffle: bool, weighted: bool) -> None:
+    """Bit for bit the results of one that fits; no buffer is filled before the step that reads it is through."""
+    from gpu.device import Interpreted
+
+    X, y = data(70, 20)
+    weight = np.linspace(0.5, 2, 70).astype(np.float32) if weighted else None
+    states, histories = [], []
+    for room in (1 << 40, 1000):
+        gpu = Interpreted(room=room)
+        before = driver.use(gpu)
+        try:
+            net = fd.Sequential(normalised(2), seed=3).compile("softmax_cross_entropy", backend="cuda")
+            kept = net.fit(X, y, batch_size=16, epochs=3, shuffle=shuffle, sample_weight=weight, verbose=0)
+            states.append(net.get_state())
+            histories.append(kept)
+        finally:
+            driver.use(before)
+        assert bool(gpu.marks) == (room == 1000)
+        assert gpu.waited == list(range(1, gpu.marks + 1))
+    assert histories[0] == histories[1]
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(states[1][name], value)
+
+
+# ---------------------------------------------------------------------------------------------- arrays on the GPU
+class Tensor:
+    """What another library's array in GPU memory shows of itself."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.kept, self.ndim, self.shape = array, array.ndim, array.shape
+
+    @property
+    def __cuda_array_interface__(self) -> dict:
+        return self.kept.__cuda_array_interface__
+
+
+def on_gpu(array: np.ndarray, gap: int = 0) -> Tensor:
+    view = driver.current().put(array, gap=gap)
+    return Tensor(DeviceArray(view.address, view.shape, array.dtype, view.row_stride if array.ndim == 2 else None))
+
+
+@pytest.fixture
+def interpreted() -> Iterator[object]:
+    gpu = importlib.import_module("gpu.device").Interpreted()
+    before = driver.use(gpu)
+    yield gpu
+    driver.use(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_arrays_on_the_gpu_are_used_where_they_lie(interpreted, dtype: str) -> None:
+    X, y = data(45, 20)
+    weight = np.linspace(0.5, 2, 45).astype(np.float32)
+    nets = []
+    for place in (lambda a, gap=0: a, on_gpu):
+        net = fd.Sequential(normalised(2), seed=3).compile("softmax_cross_entropy", backend="cuda", dtype=dtype)
+        given = place(X, gap=4), place(y), place(weight)
+        history = net.fit(*given[:2], sample_weight=given[2], batch_size=16, epochs=2, verbose=0)
+        losses = [net.train_on_batch(given[0], given[1]), net.train_on_batch(*given)]
+        nets.append((net, history, losses, net.evaluate(*given[:2]), net.predict(given[0]), net.forward(given[0])))
+    assert nets[0][1:4] == nets[1][1:4]
+    for name, value in nets[0][0].weights.items():
+        np.testing.assert_array_equal(nets[1][0].weights[name], value)
+    for host, device_array in zip(nets[0][4:], nets[1][4:], strict=True):
+        assert isinstance(device_array, DeviceArray)
+        np.testing.assert_array_equal(device_array.numpy(), host)
+
+
+@needs_compiler
+def test_arrays_on_the_gpu_that_do_not_fit(interpreted) -> None:
+    X, y = data(12, 20)
+    net = fd.Sequential(plain(2), seed=3).compile("softmax_cross_entropy", backend="cuda").build(20)
+    before = net.get_state()
+    with pytest.raises(TypeError, match="X: expected float32, found float64"):
+        net.train_on_batch(on_gpu(X.astype(np.float64)), y)
+    with pytest.raises(TypeError, match="y: expected int64, found int32"):
+        net.train_on_batch(on_gpu(X), on_gpu(y.astype(np.int32)))
+    with pytest.raises(ValueError, match=r"y: expected labels of shape \(N,\) or .* found shape \(12, 4\)"):
+        net.train_on_batch(on_gpu(X), on_gpu(X[:, :4].copy()))
+    with pytest.raises(ValueError, match="y: expected 12 rows"):
+        net.train_on_batch(on_gpu(X), on_gpu(y[:11]))
+    with pytest.raises(ValueError, match="sample_weight: expected shape"):
+        net.train_on_batch(on_gpu(X), y, on_gpu(X[0, :5].copy()))
+    host = fd.Sequential(plain(2), seed=3).compile("softmax_cross_entropy", backend="numpy")
+    with pytest.raises(TypeError, match=r"X: expected an array in host memory, found Tensor in GPU memory; compile"):
+        host.fit(on_gpu(X), y, verbose=0)
+    for name, value in before.items():
+        np.testing.assert_array_equal(net.weights[name], value)
+
+
+@needs_compiler
+def test_a_wrong_label_on_the_gpu_is_no_read_past_the_row(interpreted) -> None:
+    X, y = data(12, 20)
+    net = fd.Sequential(plain(2), seed=3).compile("softmax_cross_entropy", backend="cuda").build(20)
+    for wrong in (-1, 5, 1 << 40):
+        assert np.isnan(net.train_on_batch(on_gpu(X), on_gpu(np.where(np.arange(12) == 3, wrong, y))))

@@ -130,7 +130,7 @@ def given(
     ``owner`` lives until the consumer calls the deleter, from whichever thread, or until the capsule is destroyed
     unused. Strides are in elements, None where the array has no gaps.
 
-    NumPy makes the capsule, of an array that nobody reads, and the type and the device are set in the struct
+    NumPy makes the capsule, of an array that nobody reads, and address, type and device are set in the struct
     afterwards. Thus destructor and deleter are C, which take the GIL where needed and do nothing in an interpreter that
     has ended. Callbacks of ctypes cannot: a capsule is often destroyed while an exception passes, and Python code that
     is run then replaces the exception by a SystemError.
@@ -142,10 +142,10 @@ def given(
         "shape": tuple(shape),
         "typestr": f"<c{bits // 8}" if bits == 128 else f"<u{bits // 8}",
         "strides": tuple(step * bits // 8 for step in steps),
-        "data": (address, False),
+        "data": (address or 1, False),  # to NumPy, no address means that it is to allocate
     }
     capsule = np.asarray(_Lent(interface, owner)).__dlpack__()
     struct = _Struct.from_address(_pointer(capsule, _FRESH))
-    struct.code, struct.bits = code, bits
+    struct.data, struct.code, struct.bits = address, code, bits
     struct.device_type, struct.device_id = device
     return capsule

@@ -7,7 +7,8 @@ before the next run. Within an epoch nothing is copied and nobody waits: the run
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class Plan:
     steps: list[Step]
     planner: Planner
     pool: Pool | None = None
-    graphs: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    graphs: dict[Any, Any] = field(default_factory=dict)
 
     def launches(self, *phases: str) -> list[Launch]:
         return [launch for step in self.steps if step.phase in phases for launch in step.launches]
@@ -60,6 +61,7 @@ class CudaExecutor(Executor):
         self.run_words = View(allocate(64), (1,), 1, np.dtype(np.uint32), "run")
         self.sums = View(allocate(24), (3,), 1, np.dtype(np.float64), "totals")
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._planned = program.rows  # rows of the batch buffers that views show
         self._slots_used = [b for b in program.buffers if b.kind == "slot"]
         self._folds, self._changes = program.folds, program.changes_parameters
         self._folded = -1
@@ -92,17 +94,17 @@ class CudaExecutor(Executor):
         return View(0, (buffer.size(self.program.rows),), 1, self._dtype(buffer)).nbytes
 
     def view(self, buffer: Buffer, array: registry.Array | None = None) -> View:
-        """A buffer in device memory, for the maximum number of rows."""
+        """A buffer in device memory, for as many rows as the plan is for."""
         if buffer in self._given:
             return self._given[buffer]
         mirror, dtype = self.memory.mirror, self._dtype(buffer, array)
         shape = buffer.shape
         if buffer.kind == "batch":
-            shape, address = (self.program.rows, *shape), self.arena + self.ranges[buffer][0]
+            shape, address = (self._planned, *shape), self.arena + self.ranges[buffer][0]
         elif buffer.kind in ("cell", "slot", "folded"):
-            shape = self._slot_shape(buffer) if buffer.kind == "slot" else shape
+            shape, whole = (self._slot_shape(buffer, r) for r in (self._planned, self.program.rows))
             if buffer not in self._addresses:
-                size = View(0, shape, 1, np.dtype(registry.DTYPES[buffer.dtype] or np.float32)).nbytes
+                size = View(0, whole, 1, np.dtype(registry.DTYPES[buffer.dtype] or np.float32)).nbytes
                 self._addresses[buffer] = self._pool.allocate(size)
             address = self._addresses[buffer]
         elif dtype == "bfloat16":
@@ -118,12 +120,14 @@ class CudaExecutor(Executor):
         address = self.memory.mirror.rounded_address(super().stored(buffer))
         return View(address, buffer.shape, 1, "bfloat16", buffer.name)
 
-    def _slot_shape(self, buffer: Buffer) -> tuple[int, ...]:
-        """A slot holds one batch, or a data set, which names its rows."""
+    def _slot_shape(self, buffer: Buffer, rows: int) -> tuple[int, ...]:
+        """A slot holds one batch, or a data set, which names its rows; the others name theirs."""
+        if buffer.kind != "slot":
+            return buffer.shape
         dimensions = max(
             len(a.letters) for c in self.program.calls for a in c.spec.arrays if c.buffers.get(a.name) is buffer
         )
-        return buffer.shape if len(buffer.shape) == dimensions else (self.program.rows, *buffer.shape)
+        return buffer.shape if len(buffer.shape) == dimensions else (rows, *buffer.shape)
 
     def stored(self, buffer: Buffer) -> Any:
         """A copy on the host."""
@@ -133,6 +137,10 @@ class CudaExecutor(Executor):
         found = self.stored(buffer)
         return found[:rows].copy() if buffer.kind in ("batch", "slot") else found
 
+    def place(self, buffer: Buffer, view: View) -> None:
+        """Let a slot be memory on the device that the caller keeps."""
+        self._given[buffer] = view
+
     def slot(self, buffer: Buffer, array: Any) -> None:
         super().slot(buffer, array)
         self._given.pop(buffer, None)
@@ -140,32 +148,34 @@ class CudaExecutor(Executor):
         if array is None:
             return
         if not isinstance(array, np.ndarray):
-            self._given[buffer] = array.view(buffer.name)
+            self.place(buffer, array.view(buffer.name))
         elif buffer in self._written:
             self._outputs[buffer] = array
         else:
             self.device.write(self.view(buffer).address, np.ascontiguousarray(array))
 
     # ------------------------------------------------------------------ plans
-    @property
-    def plan(self) -> Plan:
-        """Launches for the arrays that are bound now."""
+    def plan(self, rows: int = 0) -> Plan:
+        """Launches for the arrays that are bound now.
+
+        Our kernels take the rows of a batch from the run-time block and have one plan for all of them. A library's
+        products are made for so many ``rows``.
+        """
+        library = getattr(self.device, "library", None)
+        self._planned = rows if rows and library is not None else self.program.rows
         places = [self.view(buffer) for buffer in self._slots_used]
-        key = tuple((v.address, v.shape, v.row_stride) for v in places)
+        key = (self._planned, *((v.address, v.shape, v.row_stride) for v in places))
         found = self._plans.get(key)
         if found is None:
             if len(self._plans) >= KEPT:
                 self._plans.pop(next(iter(self._plans)))
             pool = Pool(None, self.device)
-            planner = Planner(self.run_words, pool.allocate)
+            planner = Planner(self.run_words, pool.allocate, library)
             found = self._plans[key] = Plan(steps_of(self.program, self, planner), planner, pool)
         return found
 
-    def launches(self, *phases: str) -> list[Launch]:
-        return self.plan.launches(*phases)
-
-    def _replay(self, *phases: str) -> None:
-        plan = self.plan
+    def _replay(self, rows: int, *phases: str) -> None:
+        plan = self.plan(rows)
         if phases not in plan.graphs:
             launches = plan.launches(*phases)
             plan.graphs[phases] = self.device.graph(launches) if launches else None
@@ -174,7 +184,7 @@ class CudaExecutor(Executor):
 
     def graph_of_step(self) -> Any:
         """All phases as one graph, for measurements: replayed, it repeats the last step."""
-        return self.device.graph(self.launches(*PHASES))
+        return self.device.graph(self.plan(self.program.rows).launches(*PHASES))
 
     # ------------------------------------------------------------------ runs
     def _begin(self, run: Run, **more: int) -> None:
@@ -183,29 +193,46 @@ class CudaExecutor(Executor):
         self.device.write(self.run_words.address, run_block(**values, total_rows=total, **more))
         self.memory.mirror.push()
         if self._folds and self._folded != self.memory.version[0]:
-            self._replay("fold")
+            self._replay(0, "fold")
             self._folded = int(self.memory.version[0])
 
     def run(self, run: Run, *phases: str) -> None:
         self._begin(run)
-        self._replay(*(phases or PHASES))
+        self._replay(run.rows, *(phases or PHASES))
         if self._changes:
             self.memory.mirror.wrote()
         for buffer, array in self._outputs.items():
             array[...] = self.stored(buffer)[: array.shape[0]]
 
-    def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
-        from fastdl.kernels.gather.numba_cuda import next_step_launch
-
+    # ------------------------------------------------------------------ epochs
+    @contextlib.contextmanager
+    def epoch(self, run: Run, count: int, batch: int) -> Iterator[None]:
+        """Around replays of steps, from row ``run.offset`` of an epoch on; sums go to ``totals`` at the end."""
         run.rows = min(batch, count - run.offset)
         self._begin(run, batch=batch, count=count)
-        plan = self.plan
-        if ("epoch",) not in plan.graphs:
-            following = next_step_launch(plan.planner, self.view(self.stats), self.sums)
-            plan.graphs["epoch",] = self.device.graph([*plan.launches(*PHASES), following])
         self.device.write(self.sums.address, np.zeros(3))
-        plan.graphs["epoch",].replay(steps)
-        self.memory.mirror.wrote()
-        self.totals += self.device.read(self.sums.address, np.float64, 3)
+        try:
+            yield
+        finally:
+            self.memory.mirror.wrote()
+            self.totals += self.device.read(self.sums.address, np.float64, 3)
+
+    def replay_step(self, rows: int, times: int = 1) -> None:
+        """Whole steps of so many rows, each of which leaves the run-time block to the next."""
+        from fastdl.kernels.gather.numba_cuda import next_step_launch
+
+        plan = self.plan(rows)
+        if "epoch" not in plan.graphs:
+            following = next_step_launch(plan.planner, self.view(self.stats), self.sums)
+            plan.graphs["epoch"] = self.device.graph([*plan.launches(*PHASES), following])
+        plan.graphs["epoch"].replay(times)
+
+    def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
+        whole = min(steps, (count - run.offset) // batch)
+        with self.epoch(run, count, batch):
+            if whole:
+                self.replay_step(batch, whole)
+            if steps > whole:
+                self.replay_step(count % batch)
         run.step += steps
         run.offset = min(count, run.offset + steps * batch)

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastdl.cuda.products import Products
 from fastdl.kernels import registry
-from fastdl.kernels.common.gpu import RUN_WORDS, Launch, Planner, View
+from fastdl.kernels.common.gpu import RUN_WORDS, Launch, Planner, Product, View
 from fastdl.program import Buffer, Call, Program
 
+DENSE = ("dense_forward", "dense_backward_input", "dense_backward_weights")
 #: Optimisers: one launch over all groups of parameters.
 SWEEPS = ("adam_step", "sgd_step")
 
@@ -24,7 +26,7 @@ class Step:
     """The launches of one call, or of several that run together."""
 
     calls: tuple[Call, ...]
-    launches: tuple[Launch, ...]
+    launches: tuple[Launch | Product, ...]
 
     @property
     def phase(self) -> str:
@@ -43,7 +45,9 @@ class Views(Protocol):
 
 def steps_of(program: Program, views: Views, planner: Planner) -> list[Step]:
     """Launches for every call of a Program, in order."""
-    return [Step(tuple(group), tuple(_launches(group, views, planner))) for group in groups(program.calls)]
+    found = groups(program.calls)
+    products = Products(found, views, planner) if planner.library is not None else None
+    return [Step(tuple(group), tuple(_launches(group, views, planner, products))) for group in found]
 
 
 def groups(calls: Sequence[Call]) -> list[list[Call]]:
@@ -67,8 +71,12 @@ def _same_sweep(a: Call, b: Call) -> bool:
     }
 
 
-def _launches(group: Sequence[Call], views: Views, planner: Planner) -> list[Launch]:
+def _launches(
+    group: Sequence[Call], views: Views, planner: Planner, products: Products | None
+) -> list[Launch | Product]:
     head, *rest = group
+    if products is not None and head.op in DENSE and (found := products.launches(group)) is not None:
+        return found
 
     def arrays(call: Call) -> list[View | None]:
         pairs = zip(call.arrays(), call.spec.arrays, strict=True)
@@ -141,6 +149,9 @@ def described(program: Program, steps: Sequence[Step], scratch: int) -> str:
     for step in steps:
         names = " + ".join(call.op for call in step.calls)
         for launch in step.launches:
+            if isinstance(launch, Product):
+                rows.append((step.phase, str(launch), "", "", names))
+                continue
             grid, block = ("x".join(map(str, size)) for size in (launch.grid, launch.block))
             rows.append((step.phase, launch.kernel.name, grid, block, names))
     widths = [max(len(r[k]) for r in rows) for k in range(5)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastdl.errors import BackendUnavailable
-from fastdl.kernels.common.gpu import Kernel, Launch, View
+from fastdl.kernels.common.gpu import Kernel, Launch, Product, View
 
 _TYPES = {
     "i4": ctypes.c_int32,
@@ -25,6 +26,8 @@ _TYPES = {
     "i8": ctypes.c_int64,
     "f8": ctypes.c_double,
 }
+#: Bytes of scratch memory for products of cuBLASLt: what its algorithms for Hopper ask for.
+WORKSPACE = 32 << 20
 _current: Any = None
 
 
@@ -79,22 +82,21 @@ def _checked(found: tuple[Any, ...]) -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(status)
         raise RuntimeError(f"CUDA: {status.name}, {text.decode() if text else 'unknown'}")
-    return values[0] if values else None
+    return (values[0] if len(values) == 1 else values) if values else None
 
 
 class Graph:
     """Launches captured once; `replay` runs them without Python in between."""
 
-    def __init__(self, device: Driver, launches: Sequence[Launch]) -> None:
+    def __init__(self, device: Driver, launches: Sequence[Launch | Product]) -> None:
         from cuda.bindings import driver
 
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        functions = [
-            device.function(launch.kernel, launch.dtype) for launch in launches
-        ]  # loading is no part of a graph
+        for launch in launches:  # loading and choosing are no part of a graph
+            device.prepare(launch)
         _checked(driver.cuStreamBeginCapture(device.stream, mode))
-        for function, launch in zip(functions, launches, strict=True):
-            device.enqueue(function, launch)
+        for launch in launches:
+            device.enqueue(launch)
         graph = _checked(driver.cuStreamEndCapture(device.stream))
         self._device, self._driver, self._launches = device, driver, launches
         self._executable = _checked(driver.cuGraphInstantiate(graph, 0))
@@ -108,6 +110,8 @@ class Graph:
 
 class Driver:
     """The first GPU, on a stream of its own."""
+
+    ordinal = 0
 
     def __init__(self) -> None:
         from cuda.bindings import driver
@@ -157,6 +161,49 @@ class Driver:
         _checked(self._driver.cuStreamSynchronize(self.stream))
         return found
 
+    def free_bytes(self) -> int:
+        """Device memory that nobody has taken."""
+        self._enter()
+        free, _ = _checked(self._driver.cuMemGetInfo())
+        return int(free)
+
+    # ------------------------------------------------------------------ copies beside the work
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Host memory that the copy engine reads by itself."""
+        self._enter()
+        size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        address = int(_checked(self._driver.cuMemHostAlloc(size, 0)))
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        weakref.finalize(raw, self._driver.cuMemFreeHost, address)
+        return np.frombuffer(raw, np.dtype(dtype), int(np.prod(shape))).reshape(shape)
+
+    @functools.cached_property
+    def _copies(self) -> Any:
+        self._enter()
+        return _checked(self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def copy_down(self, address: int, array: np.ndarray) -> None:
+        """Copy pinned memory in, on a stream of its own; nobody waits."""
+        self._enter()
+        _checked(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._copies))
+
+    def copied(self) -> None:
+        """What is launched from now on waits for the copies so far."""
+        self.order(before=int(self._copies), after=int(self.stream))
+
+    def mark(self) -> Any:
+        """A place on the stream that `wait` can wait for."""
+        self._enter()
+        event = _checked(self._driver.cuEventCreate(self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        _checked(self._driver.cuEventRecord(event, self.stream))
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Until the GPU has come to a mark, which is used up."""
+        self._enter()
+        _checked(self._driver.cuEventSynchronize(event))
+        _checked(self._driver.cuEventDestroy(event))
+
     # ------------------------------------------------------------------ launches
     def function(self, kernel: Kernel, dtype: str) -> Any:
         """The loaded kernel for this GPU."""
@@ -169,7 +216,29 @@ class Driver:
             self._functions[key] = _checked(self._driver.cuModuleGetFunction(module, kernel.name.encode()))
         return self._functions[key]
 
-    def enqueue(self, function: Any, launch: Launch) -> None:
+    @functools.cached_property
+    def library(self) -> Any:
+        """cuBLASLt, where it is present: ``has(product)`` says what it can do."""
+        from fastdl.kernels.dense import cublaslt
+
+        if cublaslt.missing():
+            return None
+        self._enter()
+        tf32 = os.environ.get("FASTDL_TF32", "0") == "1"
+        return cublaslt.Library(self.allocate(WORKSPACE), WORKSPACE, tf32=tf32)
+
+    def prepare(self, launch: Launch | Product) -> None:
+        """What costs time once: code is loaded, a library's algorithm chosen."""
+        if isinstance(launch, Product):
+            self.library.has(launch)
+        else:
+            self.function(launch.kernel, launch.dtype)
+
+    def enqueue(self, launch: Launch | Product) -> None:
+        if isinstance(launch, Product):
+            self.library.enqueue(launch, int(self.stream))
+            return
+        function = self.function(launch.kernel, launch.dtype)
         values, kinds = [], []
         for (kind, _), argument in zip(launch.kernel.arguments, launch.arguments, strict=True):
             pointer = kind.endswith("*")
@@ -180,12 +249,12 @@ class Driver:
             self._driver.cuLaunchKernel(function, *launch.grid, 1, *launch.block, 1, 0, self.stream, parameters, 0)
         )
 
-    def run(self, launches: Sequence[Launch]) -> None:
+    def run(self, launches: Sequence[Launch | Product]) -> None:
         self._enter()
         for launch in launches:
-            self.enqueue(self.function(launch.kernel, launch.dtype), launch)
+            self.enqueue(launch)
 
-    def graph(self, launches: Sequence[Launch]) -> Graph:
+    def graph(self, launches: Sequence[Launch | Product]) -> Graph:
         self._enter()
         return Graph(self, launches)
 
@@ -209,6 +278,14 @@ class Driver:
         for event in events:
             _checked(self._driver.cuEventDestroy(event))
         return milliseconds / 1e3
+
+    def order(self, before: int, after: int) -> None:
+        """Let one stream wait for what lies on another by now; nobody waits here."""
+        self._enter()
+        event = _checked(self._driver.cuEventCreate(self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        _checked(self._driver.cuEventRecord(event, before))
+        _checked(self._driver.cuStreamWaitEvent(after, event, 0))
+        _checked(self._driver.cuEventDestroy(event))
 
     def synchronize(self) -> None:
         self._enter()

@@ -183,6 +183,7 @@ class Planner:
 
     run: View
     allocate: Callable[[int], int]  # bytes -> address of zeros, for as long as the plan lives
+    library: Any = None  # has(product) -> bool: products of a library, on a device that has one
     scratches: list[View] = field(default_factory=list)
 
     def scratch(self, *shape: int, dtype: Any = np.float32) -> View:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastdl.kernels.common import numba_cuda
-from fastdl.kernels.common.gpu import Kernel, Launch, Planner, View, run_block
+from fastdl.kernels.common.gpu import Kernel, Launch, Planner, Product, View, run_block
 from gpu.interpreter import Grid, Memory
+from gpu.products import carry_out
 from gpu.ptx import Module
 
 
@@ -42,11 +43,16 @@ class Replayed:
 
 
 class Interpreted:
-    """Memory and launches."""
+    """Memory and launches.
 
-    def __init__(self) -> None:
-        self.memory = Memory()
-        self.launched: list[Launch] = []
+    ``library`` stands for cuBLASLt where one is given, ``room`` is the free memory that it speaks of.
+    """
+
+    def __init__(self, library: Any = None, room: int = 1 << 40) -> None:
+        self.memory, self.library, self.room = Memory(), library, room
+        self.launched: list[Launch | Product] = []
+        self.copies: list[tuple[int, np.ndarray]] = []
+        self.ordered, self.marks, self.waited = 0, 0, []
         self.freed: list[int] = []
         self.allocated = 0
 
@@ -65,7 +71,37 @@ class Interpreted:
     def read(self, address: int, dtype: Any, count: int) -> np.ndarray:
         return self.memory.read(address, dtype, count)
 
-    def launch(self, launch: Launch) -> None:
+    def free_bytes(self) -> int:
+        return self.room
+
+    def synchronize(self) -> None:
+        """Everything is done when a call comes back."""
+
+    # ------------------------------------------------------------------ copies beside the work: they land late
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.full(shape, 77, dtype)
+
+    def copy_down(self, address: int, array: np.ndarray) -> None:
+        self.copies.append((address, array))  # not its values: who overwrites it too early is found out
+
+    def copied(self) -> None:
+        self.ordered = len(self.copies)
+
+    def mark(self) -> int:
+        self.marks += 1
+        return self.marks
+
+    def wait(self, event: int) -> None:
+        self.waited.append(event)
+
+    def launch(self, launch: Launch | Product) -> None:
+        for address, array in self.copies[: self.ordered]:
+            self.write(address, array)
+        self.copies, self.ordered = self.copies[self.ordered :], 0
+        if isinstance(launch, Product):
+            carry_out(launch, self.memory)
+            self.launched.append(launch)
+            return
         arguments = [a.address if isinstance(a, View) else 0 if a is None else a for a in launch.arguments]
         Grid(module(launch.kernel, launch.dtype), launch.grid, launch.block, arguments, self.memory).run()
         self.launched.append(launch)

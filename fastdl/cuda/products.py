@@ -1,0 +1,132 @@
+"""Dense calls as products of cuBLASLt, where the library is present.
+
+| call | epilogue | what is left for a sweep of its own |
+|---|---|---|
+| forward | bias; ReLU, with a bit for each positive element where backward wants them; GELU by tanh | others, dropout |
+| backward to the input | the bits, or GELU's derivative | others, dropout |
+| backward to the weights | sums of dy: db | |
+
+An epilogue that the library does not have for the types or shapes at hand becomes a sweep, a product that it does not
+have a kernel of our own (``kernels/dense/numba_cuda.py``). It says which it has by its heuristic; nothing is timed, so
+a net takes the same way in every run. Products work on the rows that are there: a smaller batch has another plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastdl.kernels import registry
+from fastdl.kernels.common.gpu import Launch, Planner, Product, View
+from fastdl.program import Buffer, Call
+
+#: Bits of a mask's row start at multiples of four words (cuBLASLt: 128 bits).
+WORDS = 4
+
+
+class Products:
+    """The products of one plan; masks are remembered from forward to backward.
+
+    Parameters
+    ----------
+    groups : sequence of lists of Call
+        The whole plan: a forward product writes a mask only for a backward one that reads it.
+    views : Views
+    planner : Planner
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Call]], views: Any, planner: Planner) -> None:
+        self._views, self._planner = views, planner
+        self._masks: dict[Buffer, View] = {}
+        self._readers = {rest[0].buffers["y"]: head for head, *rest in groups if _undoes_relu(head, rest)}
+
+    def launches(self, group: Sequence[Call]) -> list[Launch | Product] | None:
+        """The launches of a dense call and its tails, or None where the library has no such product."""
+        head, *rest = group
+        make = {
+            "dense_forward": self._forward,
+            "dense_backward_input": self._backward_input,
+            "dense_backward_weights": self._backward_weights,
+        }[head.op]
+        found = make(head, rest)
+        return found if all(self._has(launch) for launch in found) else None
+
+    # ------------------------------------------------------------------ the three products
+    def _forward(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
+        x, w, b, y, z = self._arrays(head)
+        activation = head.params.get("activation") or "identity"
+        if b is not None and y.dtype == "bfloat16":
+            b = self._views.rounded(head.buffers["b"])
+        plain = {"epilogue": "DEFAULT" if b is None else "BIAS", "vector": b}
+        fused = []
+        if activation == "relu" and b is not None and z is None:
+            fused = [Product(x, w, y, epilogue="RELU_BIAS", vector=b)]
+            if (mask := self._mask(head, y)) is not None:
+                fused = [Product(x, w, y, epilogue="RELU_AUX_BIAS", vector=b, aux=mask)]
+        elif activation == "gelu_tanh" and b is not None and z is not None:
+            fused = [Product(x, w, y, epilogue="GELU_AUX_BIAS", vector=b, aux=z)]
+        elif activation == "identity" and z is None:
+            fused = [Product(x, w, y, **plain)]
+        if not fused or not all(self._has(p) for p in fused):
+            self._masks.pop(head.buffers["y"], None)
+            between = z or y
+            fused = [Product(x, w, between, **plain)]
+            if activation != "identity" or between is not y:
+                fused += self._sweep(f"{activation}_forward", [between, y], head.params)
+        return fused + self._tails(rest)
+
+    def _backward_input(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
+        dy, w, dx = self._arrays(head)
+        if len(rest) == 1:
+            out, saved = self._views.view(rest[0].buffers["dx"]), rest[0].buffers.get("y") or rest[0].buffers.get("x")
+            if rest[0].op == "relu_backward" and saved in self._masks:
+                return [Product(dy, w, out, b_turned=True, epilogue="DRELU", aux=self._masks[saved])]
+            if rest[0].op == "gelu_tanh_backward":
+                fused = Product(dy, w, out, b_turned=True, epilogue="DGELU", aux=self._views.view(saved))
+                if self._has(fused):
+                    return [fused]
+        return [Product(dy, w, dx, b_turned=True), *self._tails(rest)]
+
+    def _backward_weights(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
+        x, dy, dw, db = self._arrays(head)
+        return [Product(x, dy, dw, a_turned=True, epilogue="DEFAULT" if db is None else "BGRADA", vector=db)]
+
+    # ------------------------------------------------------------------ pieces
+    def _arrays(self, call: Call) -> list[View | None]:
+        pairs = zip(call.arrays(), call.spec.arrays, strict=True)
+        return [None if b is None else self._views.view(b, array) for b, array in pairs]
+
+    def _has(self, launch: Launch | Product) -> bool:
+        return isinstance(launch, Launch) or self._planner.library.has(launch)
+
+    def _mask(self, head: Call, y: View) -> View | None:
+        """Room for the bits of ReLU, where the backward product that reads them can be had too."""
+        reader = self._readers.get(head.buffers["y"])
+        if reader is None:
+            return None
+        words = -(-y.cols // (32 * WORDS)) * WORDS
+        mask = self._planner.scratch(y.rows, words, dtype=np.uint32)
+        dy, w, _ = self._arrays(reader)
+        if not self._has(Product(dy, w, y, b_turned=True, epilogue="DRELU", aux=mask)):
+            return None
+        self._masks[head.buffers["y"]] = mask
+        return mask
+
+    def _sweep(self, op: str, arrays: list[View | None], params: Mapping[str, Any]) -> list[Launch]:
+        return registry.find(op, "cuda").launches(
+            arrays, {**registry.spec(op).defaults(), **{k: v for k, v in params.items() if k == "alpha"}}, self._planner
+        )
+
+    def _tails(self, calls: Sequence[Call]) -> list[Launch]:
+        """What our own product would do in its registers."""
+        found = []
+        for call in calls:
+            params = {**call.spec.defaults(), **call.params}
+            found += registry.find(call.op, "cuda").launches(self._arrays(call), params, self._planner)
+        return found
+
+
+def _undoes_relu(head: Call, rest: Sequence[Call]) -> bool:
+    return head.op == "dense_backward_input" and [call.op for call in rest] == ["relu_backward"]
