@@ -153,6 +153,12 @@ def _floats(kernel: Kernel) -> list[int]:
     return [k for k, (kind, _) in enumerate(kernel.arguments) if kind == "T*"]
 
 
+def wide_accesses(launch: Launch) -> tuple[int, int]:
+    """Loads and stores of 16 bytes in device memory."""
+    text = numba_cuda.ptx(launch.kernel, launch.dtype)
+    return tuple(len(re.findall(rf"\b{way}\.global(?:\.\w+)*\.v4", text)) for way in ("ld", "st"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", SWEEPS, ids=lambda spec: spec.name)
 def test_sweeps_access_16_bytes_at_a_time(spec: registry.OpSpec, dtype: str) -> None:
@@ -162,11 +168,56 @@ def test_sweeps_access_16_bytes_at_a_time(spec: registry.OpSpec, dtype: str) -> 
         text = numba_cuda.ptx(launch.kernel, launch.dtype)
         eights = groups * (2 if dtype == "float32" else 1)
         reads, writes = (sum(a.role in roles for a in spec.arrays if a.dtype == "T") for roles in (READ, WRITTEN))
-        loads, stores = (len(re.findall(rf"\b{way}\.global(?:\.\w+)*\.v4", text)) for way in ("ld", "st"))
+        loads, stores = wide_accesses(launch)
         copies = sum(kind == "u2*" for kind, _ in launch.kernel.arguments)  # eight bfloat16 are 16 bytes
         assert stores == writes * eights + copies, launch.kernel.name
         unread = sum(not re.search(rf"\bld\.param\.u64[^;]*_param_{k}\]", text) for k in _floats(launch.kernel))
         assert loads == (reads - unread) * eights, launch.kernel.name  # the gradient of y = x does not look at y
+
+
+#: Eights of matrices that the text of a kernel loads and stores 16 bytes at a time, by its name. Statistics read
+#: a row, then two rows in flight for each sum; softmax has a form that keeps a row and one that walks it again.
+EIGHTS = {
+    "prelu_forward": (1, 1),
+    "prelu_backward": (2, 1),
+    "softmax_forward": (3, 2),
+    "softmax_backward": (6, 2),
+    "batchnorm_statistics": (6, 0),
+    "batchnorm_apply": (1, 1),
+    "batchnorm_inference": (1, 1),
+    "batchnorm_fold": (0, 1),
+    "batchnorm_sums": (7, 0),
+    "batchnorm_dx": (2, 1),
+    "softmax_cross_entropy": (3, 1),
+    "softmax_cross_entropy_onehot": (4, 1),
+    "binary_cross_entropy": (1, 1),
+    "mse": (1, 1),
+    "squared_norm": (1, 0),
+    "gather_rows": (1, 1),
+    "dense_forward": (4, None),  # stores: one for each of a thread's rows, as often as the compiler copies its loop
+    "dense_backward_input": (4, None),
+    "dense_backward_weights": (4, None),
+}
+#: One thread for one number: indices, labels, weights, masks as bytes, draws.
+NARROW = {"dropout_mask", "clip_scale", "epoch_indices", "gather_labels", "gather_values", "row_range", "philox4x32"}
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s not in SWEEPS], ids=lambda spec: spec.name)
+def test_other_kernels_access_16_bytes_at_a_time(spec: registry.OpSpec) -> None:
+    """A float32 eight takes two accesses, a bfloat16 one takes one: the difference counts those of matrices."""
+    if spec.name in NARROW:
+        assert all(not wide_accesses(launch)[0] for launch in launched(spec, "float32"))
+        return
+    for single, half in zip(launched(spec, "float32"), launched(spec, "bfloat16"), strict=True):
+        name = max((n for n in EIGHTS if single.kernel.name.startswith(n)), key=len)
+        (loads, stores), (half_loads, half_stores) = wide_accesses(single), wide_accesses(half)
+        expected = EIGHTS[name]
+        assert loads - half_loads == expected[0], single.kernel.name
+        assert half_loads >= expected[0], single.kernel.name
+        if expected[1] is None:
+            assert stores >= half_stores >= 2, single.kernel.name
+        else:
+            assert stores - half_stores == expected[1], single.kernel.name
 
 
 def test_cubins_are_built_ahead_and_found(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

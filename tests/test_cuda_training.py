@@ -13,7 +13,7 @@ import fastdl as fd
 from fastdl import layers
 from fastdl.cuda.arrays import DeviceArray
 from fastdl.kernels.common import driver, numba_cuda
-from fastdl.kernels.common.gpu import Product
+from fastdl.kernels.common.gpu import Product, View
 
 needs_compiler = pytest.mark.skipif(numba_cuda.MISSING is not None, reason=str(numba_cuda.MISSING))
 
@@ -383,6 +383,8 @@ def test_arrays_on_the_gpu_are_used_where_they_lie(interpreted, dtype: str) -> N
     assert nets[0][1:4] == nets[1][1:4]
     for name, value in nets[0][0].weights.items():
         np.testing.assert_array_equal(nets[1][0].weights[name], value)
+    read = {a.address for launch in interpreted.launched for a in launch.arguments if isinstance(a, View)}
+    assert {tensor.kept.address for tensor in given} <= read
     for host, device_array in zip(nets[0][4:], nets[1][4:], strict=True):
         assert isinstance(device_array, DeviceArray)
         np.testing.assert_array_equal(device_array.numpy(), host)
