@@ -24,6 +24,8 @@ from fastdl.program import Buffer, Call
 
 #: Bits of a mask's row start at multiples of four words (cuBLASLt: 128 bits).
 WORDS = 4
+#: Values before GELU have so many elements, or a multiple, between rows.
+VALUES = 8
 
 
 class Products:
@@ -65,7 +67,7 @@ class Products:
             fused = [Product(x, w, y, epilogue="RELU_BIAS", vector=b)]
             if (mask := self._mask(head, y)) is not None:
                 fused = [Product(x, w, y, epilogue="RELU_AUX_BIAS", vector=b, aux=mask)]
-        elif activation == "gelu_tanh" and b is not None and z is not None:
+        elif activation == "gelu_tanh" and b is not None and z is not None and z.row_stride % VALUES == 0:
             fused = [Product(x, w, y, epilogue="GELU_AUX_BIAS", vector=b, aux=z)]
         elif activation == "identity" and z is None:
             fused = [Product(x, w, y, **plain)]
@@ -83,7 +85,7 @@ class Products:
             out, saved = self._views.view(rest[0].buffers["dx"]), rest[0].buffers.get("y") or rest[0].buffers.get("x")
             if rest[0].op == "relu_backward" and saved in self._masks:
                 return [Product(dy, w, out, b_turned=True, epilogue="DRELU", aux=self._masks[saved])]
-            if rest[0].op == "gelu_tanh_backward":
+            if rest[0].op == "gelu_tanh_backward" and dx.cols % VALUES == 0:
                 fused = Product(dy, w, out, b_turned=True, epilogue="DGELU", aux=self._views.view(saved))
                 if self._has(fused):
                     return [fused]

@@ -1,6 +1,6 @@
 """Products by cuBLASLt: the few calls of its C interface that a `Product` needs, by ctypes.
 
-The library is column-major. A row-major c (M, N) = a (M, K) b (K, N) is its D^T: m = N, n = M, A our b, B our a, and what
+The library is column-major. A row-major c (M, N) = a (M, K) b (K, N) is its D^T: m = N, n = M, A our b, B our a. What
 runs along the rows of its D (bias, the bits of ReLU, the sums of BGRADA) runs along our columns, so nothing is turned.
 
 The algorithm is the heuristic's first for the sizes, types, strides and alignments, the same in every run; nothing is
@@ -162,7 +162,6 @@ class Described:
 
     def __init__(self, product: Product, tf32: bool = False, workspace: int = 0) -> None:
         check(product)
-        m, n, k = product.sizes
         compute = COMPUTE_TF32 if tf32 and _type(product.a) == FLOAT32 else COMPUTE_32F
         self.operation = self._new("MatmulDesc", compute, FLOAT32)
         self._set(TRANSA, product.b_turned, ctypes.c_int32)
@@ -231,23 +230,14 @@ class Library:
 
     def _algorithm(self, product: Product, described: Described | None) -> Any:
         views = (product.a, product.b, product.c, product.vector, product.aux)
-        what = [v and (v.shape, v.row_stride, str(v.dtype), alignment(v)) for v in views]
-        key = (*what, product.a_turned, product.b_turned, product.epilogue)
+        seen = [v and (v.shape, v.row_stride, str(v.dtype), alignment(v)) for v in views]
+        key = (*seen, product.a_turned, product.b_turned, product.epilogue)
         if key not in self._chosen:
             d = described or Described(product, self._tf32, self._size)
             result, count = Heuristic(), ctypes.c_int()
-            status = library().cublasLtMatmulAlgoGetHeuristic(
-                self._handle,
-                d.operation,
-                d.a,
-                d.b,
-                d.c,
-                d.c,
-                d.preference,
-                1,
-                ctypes.byref(result),
-                ctypes.byref(count),
-            )
+            what = self._handle, d.operation, d.a, d.b, d.c, d.c, d.preference
+            into = 1, ctypes.byref(result), ctypes.byref(count)
+            status = library().cublasLtMatmulAlgoGetHeuristic(*what, *into)
             self._chosen[key] = result if status == 0 and count.value and result.state == 0 else None
         return self._chosen[key]
 
