@@ -6,8 +6,10 @@ engine, which runs any number of steps in one call without the GIL.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,6 +223,15 @@ class Executor(ABC):
     @abstractmethod
     def run(self, run: Run, *phases: str) -> None:
         """Run the calls of some phases once, all of them if none is named."""
+
+    #: How many times the steps of a slice the next one may have, where a call can come back before its work is done.
+    growth = math.inf
+
+    @contextlib.contextmanager
+    def epoch(self, run: Run, count: int, batch: int) -> Iterator[None]:
+        """Around the `steps` of one epoch; ``totals`` is whole when it is left."""
+        self.totals[:] = 0
+        yield
 
     @abstractmethod
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:

@@ -30,7 +30,7 @@ def epoch_chunks(executor: Executor, run: Run, count: int, batch: int) -> Iterat
         seconds = time.perf_counter() - start
         left -= steps
         yield run.offset
-        chunk = max(1, int(steps * SLICE / max(seconds, 1e-6)))
+        chunk = max(1, int(steps * min(executor.growth, SLICE / max(seconds, 1e-6))))
 
 
 class Progress:
@@ -96,11 +96,11 @@ def train(
 
 
 def _epoch(model: Sequential, executor: Executor, count: int, batch: int, metric: str | None) -> dict[str, float]:
-    executor.totals[:] = 0
     run = Run(rows=0, step=model.step, epoch=model.epoch, lr=model.lr)
     try:
-        for _ in epoch_chunks(executor, run, count, batch):
-            model.step = run.step
+        with executor.epoch(run, count, batch):
+            for _ in epoch_chunks(executor, run, count, batch):
+                model.step = run.step
     finally:  # an interrupt arrives between two slices: the steps taken stay taken
         model.step = run.step
     loss, rows, correct = executor.totals

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,7 +292,8 @@ def test_products_of_a_library(with_library, dtype: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("stack", ["gelu_tanh", "gelu_tanh odd", "elu", "relu odd", "normalised", "dropped"])
-def test_products_and_sweeps(stack: str, with_library) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_products_and_sweeps(stack: str, dtype: str, with_library) -> None:
     stacks = {
         "normalised": normalised(2),
         "dropped": [layers.Dense(24), layers.ReLU(), layers.Dropout(0.3), layers.Dense(16), layers.Dropout(0.2)],
@@ -298,14 +302,31 @@ def test_products_and_sweeps(stack: str, with_library) -> None:
     name = stack.removesuffix(" odd")
     hidden = [layers.Dense(21 if odd else 24), layers.Activation(name)] if stack not in stacks else stacks[stack]
     X, y = data(20, 16)
-    nets = pair([*hidden, layers.Dense(5)], 16)
-    for net in nets:
+    coarse = dtype != "float32"
+    nets = [fd.Sequential([*hidden, layers.Dense(5)], seed=3) for _ in range(2)]
+    for net, backend, kind in zip(nets, ("numpy", "cuda"), ("float32", dtype), strict=True):
+        optimizer = fd.optimizers.SGD(0.1, momentum=0.9) if coarse else fd.optimizers.Adam(1e-2)
+        net.compile("softmax_cross_entropy", optimizer, backend=backend, dtype=kind)
         net.train_on_batch(X, y)
         net.train_on_batch(X[:13], y[:13])
-    close(*nets)
+    close(*nets, 0.02 if coarse else 2e-5)
     epilogues = {p.epilogue for p in with_library.launched if isinstance(p, Product)}
     assert stack != "gelu_tanh" or {"GELU_AUX_BIAS", "DGELU"} <= epilogues
-    np.testing.assert_allclose(nets[1].predict(X), nets[0].predict(X), atol=1e-4)
+    np.testing.assert_allclose(nets[1].predict(X), nets[0].predict(X), atol=0.1 if coarse else 1e-4)
+
+
+@needs_compiler
+def test_a_folded_bias_is_rounded_for_products(with_library) -> None:
+    """Batch normalisation that is folded into a product gives it a bias that no optimiser keeps a copy of."""
+    X, y = data(20, 16)
+    nets = [fd.Sequential(normalised(2), seed=3) for _ in range(2)]
+    for net, backend, dtype in zip(nets, ("numpy", "cuda"), ("float32", "mixed_bfloat16"), strict=True):
+        net.compile("softmax_cross_entropy", fd.optimizers.SGD(0.1), backend=backend, dtype=dtype).build(16)
+        net.weights["batchnorm_0/beta"] = np.linspace(-2, 2, 32)
+    np.testing.assert_allclose(nets[1].predict(X), nets[0].predict(X), atol=0.05)
+    for net in nets:
+        net.train_on_batch(X, y)
+    np.testing.assert_allclose(nets[1].predict(X), nets[0].predict(X), atol=0.05)
 
 
 @needs_compiler
@@ -320,18 +341,72 @@ def test_launches_with_a_library(with_library) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- large data sets
+class Late:
+    """A device that does nothing before somebody waits; copies beside the work are ``early`` or as late as may be."""
+
+    def __init__(self, early: bool, room: int) -> None:
+        from gpu.device import Interpreted
+
+        self.gpu, self.early, self.room, self.library = Interpreted(), early, room, None
+        self.queue: list[Callable[[], None]] = []
+        self.copies: list[Callable[[], None]] = []
+        self.log: list[str] = []
+        self.filled: set[int] = set()
+
+    def __getattr__(self, name: str) -> object:
+        """Whatever is not a copy beside the work comes after all that is asked for."""
+        self.log.append(name)
+        self.wait(len(self.queue))
+        return getattr(self.gpu, name)
+
+    def free_bytes(self) -> int:
+        return self.room
+
+    def pinned(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:
+        return np.full(shape, 77, dtype)
+
+    def copy_down(self, address: int, array: np.ndarray) -> None:
+        self.log.append("copy_down")
+        self.filled.add(address)
+        copy = functools.partial(self.gpu.write, address, array)  # reads the array when it runs
+        if self.early:
+            copy()
+        else:
+            self.copies.append(copy)
+
+    def copied(self) -> None:
+        self.queue += self.copies
+        self.copies = []
+
+    def graph(self, launches: Sequence[object]) -> object:
+        def replay(times: int = 1) -> None:
+            self.log.append("replay")
+            self.queue.append(lambda: self.gpu.run(list(launches) * times))
+
+        return SimpleNamespace(replay=replay)
+
+    def mark(self) -> Callable[[], None]:
+        self.queue.append(lambda: None)
+        return self.queue[-1]
+
+    def wait(self, event: Callable[[], None] | int) -> None:
+        if not isinstance(event, int):
+            event = self.queue.index(event) + 1 if event in self.queue else 0
+        for work in self.queue[:event]:
+            work()
+        del self.queue[:event]
+
+
 @needs_compiler
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_data_set_that_does_not_fit_is_staged(shuffle: bool, weighted: bool) -> None:
-    """Bit for bit the results of one that fits; no buffer is filled before the step that reads it is through."""
-    from gpu.device import Interpreted
-
+    """Bit for bit the results of one that fits, whether copies run as early or as late as they may."""
     X, y = data(70, 20)
     weight = np.linspace(0.5, 2, 70).astype(np.float32) if weighted else None
     states, histories = [], []
-    for room in (1 << 40, 1000):
-        gpu = Interpreted(room=room)
+    for early, room in ((True, 1 << 40), (True, 1000), (False, 1000)):
+        gpu = Late(early, room)
         before = driver.use(gpu)
         try:
             net = fd.Sequential(normalised(2), seed=3).compile("softmax_cross_entropy", backend="cuda")
@@ -340,11 +415,13 @@ def test_a_data_set_that_does_not_fit_is_staged(shuffle: bool, weighted: bool) -
             histories.append(kept)
         finally:
             driver.use(before)
-        assert bool(gpu.marks) == (room == 1000)
-        assert gpu.waited == list(range(1, gpu.marks + 1))
-    assert histories[0] == histories[1]
-    for name, value in states[0].items():
-        np.testing.assert_array_equal(states[1][name], value)
+        assert len(gpu.filled) == (0 if room > 1000 else 6 if weighted else 4)  # two buffers for each array
+        for asked in " ".join(gpu.log).split(" read ")[1:3]:  # the epochs for which all plans are made
+            assert re.fullmatch(r"write write( (copy_down|replay))+", asked)  # inside, nobody waits for an idle GPU
+    for history, state in zip(histories[1:], states[1:], strict=True):
+        assert history == histories[0]
+        for name, value in states[0].items():
+            np.testing.assert_array_equal(state[name], value)
 
 
 # ---------------------------------------------------------------------------------------------- arrays on the GPU

@@ -8,6 +8,7 @@ before the next run. Within an epoch nothing is copied and nobody waits: the run
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,7 @@ class CudaExecutor(Executor):
         self.run_words = View(allocate(64), (1,), 1, np.dtype(np.uint32), "run")
         self.sums = View(allocate(24), (3,), 1, np.dtype(np.float64), "totals")
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._slices: deque[Any] = deque()  # marks behind the steps of earlier calls
         self._planned = program.rows  # rows of the batch buffers that views show
         self._slots_used = [b for b in program.buffers if b.kind == "slot"]
         self._folds, self._changes = program.folds, program.changes_parameters
@@ -114,8 +116,8 @@ class CudaExecutor(Executor):
         return View(address, shape, int(np.prod(shape[1:])), dtype, buffer.name)
 
     def rounded(self, buffer: Buffer) -> View | None:
-        """The copy that products of bfloat16 read."""
-        if not self.memory.mixed:
+        """The copy that products of bfloat16 read: parameters have one, what is folded has none."""
+        if not self.memory.mixed or buffer.kind == "folded":
             return None
         address = self.memory.mirror.rounded_address(super().stored(buffer))
         return View(address, buffer.shape, 1, "bfloat16", buffer.name)
@@ -205,9 +207,12 @@ class CudaExecutor(Executor):
             array[...] = self.stored(buffer)[: array.shape[0]]
 
     # ------------------------------------------------------------------ epochs
+    #: Seconds are known of the slice before only: a call comes back with its own steps in the queue.
+    growth = 4
+
     @contextlib.contextmanager
     def epoch(self, run: Run, count: int, batch: int) -> Iterator[None]:
-        """Around replays of steps, from row ``run.offset`` of an epoch on; sums go to ``totals`` at the end."""
+        """Around the replays of an epoch: nothing is read before its end."""
         run.rows = min(batch, count - run.offset)
         self._begin(run, batch=batch, count=count)
         self.device.write(self.sums.address, np.zeros(3))
@@ -215,7 +220,9 @@ class CudaExecutor(Executor):
             yield
         finally:
             self.memory.mirror.wrote()
-            self.totals += self.device.read(self.sums.address, np.float64, 3)
+            self.totals[:] = self.device.read(self.sums.address, np.float64, 3)
+            while self._slices:
+                self.device.wait(self._slices.popleft())
 
     def replay_step(self, rows: int, times: int = 1) -> None:
         """Whole steps of so many rows, each of which leaves the run-time block to the next."""
@@ -228,11 +235,14 @@ class CudaExecutor(Executor):
         plan.graphs["epoch"].replay(times)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
+        """Queue replays; waits for those of the call before, so that the GPU has work and Ctrl-C not long to wait."""
         whole = min(steps, (count - run.offset) // batch)
-        with self.epoch(run, count, batch):
-            if whole:
-                self.replay_step(batch, whole)
-            if steps > whole:
-                self.replay_step(count % batch)
+        if whole:
+            self.replay_step(batch, whole)
+        if steps > whole:
+            self.replay_step(count % batch)
         run.step += steps
         run.offset = min(count, run.offset + steps * batch)
+        self._slices.append(self.device.mark())
+        if len(self._slices) > 1:
+            self.device.wait(self._slices.popleft())

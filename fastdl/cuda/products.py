@@ -20,6 +20,7 @@ import numpy as np
 
 from fastdl.kernels import registry
 from fastdl.kernels.common.gpu import Launch, Planner, Product, View
+from fastdl.kernels.optimizers.numba_cuda import round_launch
 from fastdl.program import Buffer, Call
 
 #: Bits of a mask's row start at multiples of four words (cuBLASLt: 128 bits).
@@ -59,8 +60,9 @@ class Products:
     def _forward(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
         x, w, b, y, z = self._arrays(head)
         activation = head.params.get("activation") or "identity"
+        before = []
         if b is not None and y.dtype == "bfloat16":
-            b = self._views.rounded(head.buffers["b"])
+            b, before = self._rounded(head.buffers["b"], b)
         plain = {"epilogue": "DEFAULT" if b is None else "BIAS", "vector": b}
         fused = []
         if activation == "relu" and b is not None and z is None:
@@ -77,7 +79,7 @@ class Products:
             fused = [Product(x, w, between, **plain)]
             if activation != "identity" or between is not y:
                 fused += self._sweep(f"{activation}_forward", [between, y], head.params)
-        return fused + self._tails(rest)
+        return before + fused + self._tails(rest)
 
     def _backward_input(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
         dy, w, dx = self._arrays(head)
@@ -115,6 +117,13 @@ class Products:
             return None
         self._masks[head.buffers["y"]] = mask
         return mask
+
+    def _rounded(self, buffer: Buffer, b: View) -> tuple[View, list[Launch]]:
+        """A bias as products of bfloat16 take it; a folded one, which no optimiser rounds, by a launch of its own."""
+        if (kept := self._views.rounded(buffer)) is not None:
+            return kept, []
+        copy = View(self._planner.allocate(2 * b.rows), b.shape, 1, "bfloat16", b.name)
+        return copy, [round_launch(b, copy)]
 
     def _sweep(self, op: str, arrays: list[View | None], params: Mapping[str, Any]) -> list[Launch]:
         return registry.find(op, "cuda").launches(

@@ -7,6 +7,8 @@ rows, masks and results are those of a data set in GPU memory, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,24 +83,33 @@ class Staged:
             self._order = epoch, order
         return self._order[1]
 
-    def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
-        device, order = self.executor.device, self._rows(run.epoch, count)
-        with self.executor.epoch(run, count, batch):
-            for k in range(steps):
-                half, index = self._halves[k % 2], order[run.offset : run.offset + batch]
-                self._wait_for(half)
-                for source, pinned, view in zip(self._sources, half.pinned, half.views, strict=True):
-                    filled = np.take(source, index, axis=0, out=pinned[: len(index)])
-                    device.copy_down(view.address, filled)
-                device.copied()
-                for slot, view in zip(self._slots, half.views, strict=True):
-                    self.executor.place(slot, view)
-                self.executor.replay_step(len(index))
-                half.read = device.mark()
-                run.step += 1
-                run.offset += len(index)
+    growth = 4  # times the steps of a slice that the next one may have: the first one waits for no buffer
+
+    @contextlib.contextmanager
+    def epoch(self, run: Run, count: int, batch: int) -> Iterator[None]:
+        try:
+            with self.executor.epoch(run, count, batch):
+                yield
+        finally:
             for half in self._halves:
                 self._wait_for(half)
+
+    def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
+        device, order = self.executor.device, self._rows(run.epoch, count)
+        for _ in range(steps):
+            half, index = self._halves[0], order[run.offset : run.offset + batch]
+            self._halves.reverse()
+            self._wait_for(half)
+            for source, pinned, view in zip(self._sources, half.pinned, half.views, strict=True):
+                filled = np.take(source, index, axis=0, out=pinned[: len(index)])
+                device.copy_down(view.address, filled)
+            device.copied()
+            for slot, view in zip(self._slots, half.views, strict=True):
+                self.executor.place(slot, view)
+            self.executor.replay_step(len(index))
+            half.read = device.mark()
+            run.step += 1
+            run.offset += len(index)
 
     def _wait_for(self, half: Half) -> None:
         """Until no step reads a buffer any more."""

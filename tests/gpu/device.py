@@ -45,14 +45,12 @@ class Replayed:
 class Interpreted:
     """Memory and launches.
 
-    ``library`` stands for cuBLASLt where one is given, ``room`` is the free memory that it speaks of.
+    ``library`` stands for cuBLASLt where one is given.
     """
 
-    def __init__(self, library: Any = None, room: int = 1 << 40) -> None:
-        self.memory, self.library, self.room = Memory(), library, room
+    def __init__(self, library: Any = None) -> None:
+        self.memory, self.library = Memory(), library
         self.launched: list[Launch | Product] = []
-        self.copies: list[tuple[int, np.ndarray]] = []
-        self.ordered, self.marks, self.waited = 0, 0, []
         self.freed: list[int] = []
         self.allocated = 0
 
@@ -72,32 +70,18 @@ class Interpreted:
         return self.memory.read(address, dtype, count)
 
     def free_bytes(self) -> int:
-        return self.room
+        return 1 << 40
 
     def synchronize(self) -> None:
         """Everything is done when a call comes back."""
 
-    # ------------------------------------------------------------------ copies beside the work: they land late
-    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.full(shape, 77, dtype)
-
-    def copy_down(self, address: int, array: np.ndarray) -> None:
-        self.copies.append((address, array))  # not its values: who overwrites it too early is found out
-
-    def copied(self) -> None:
-        self.ordered = len(self.copies)
-
     def mark(self) -> int:
-        self.marks += 1
-        return self.marks
+        return 0
 
     def wait(self, event: int) -> None:
-        self.waited.append(event)
+        """Nobody has to."""
 
     def launch(self, launch: Launch | Product) -> None:
-        for address, array in self.copies[: self.ordered]:
-            self.write(address, array)
-        self.copies, self.ordered = self.copies[self.ordered :], 0
         if isinstance(launch, Product):
             carry_out(launch, self.memory)
             self.launched.append(launch)
