@@ -7,6 +7,8 @@ batchnorm_fold            dense, batchnorm by running statistics -> dense with w
                           parameters have changed
 batchnorm_chain           batchnorm, activation, dropout -> one batchnorm call, forward and backward
 dense_activation          dense, activation -> one dense call with the activation as its epilogue
+relu_dropout              backward of relu reads what dropout after it has left: its sign is both masks, nobody needs
+                          relu's own output
 tails                     a column-local call after a dense product runs on each finished panel of it, in cache
                           (back ends that work on panels)
 epilogues                 dropout after a dense product, and backward the gradients of dropout and activation before
@@ -28,7 +30,7 @@ FORWARD, BACKWARD = "_forward", "_backward"
 
 def fuse(program: Program, panels: bool, registers: bool = False) -> Program:
     """Apply every rule that the back end can run."""
-    program = dense_activation(batchnorm_chain(batchnorm_fold(program)))
+    program = relu_dropout(dense_activation(batchnorm_chain(batchnorm_fold(program))))
     if registers:
         return epilogues(program)
     return tails(program) if panels else program
@@ -148,6 +150,25 @@ def dense_activation(program: Program) -> Program:
         )
         program = _substitute(program, {dense: fused, after: None})
     return program
+
+
+# ---------------------------------------------------------------------------------------------- relu + dropout
+def relu_dropout(program: Program) -> Program:
+    """Let relu's gradient take its mask from the output of the dropout that follows.
+
+    Where dropout has put a zero, the gradient that comes through it is one already; elsewhere its positive scale leaves
+    the sign alone.
+    """
+    swaps: dict[Call, Call | None] = {}
+    for back in [c for c in program.calls if c.op == "relu_backward"]:
+        y = back.buffers["y"]
+        drop = _only_reader(program, y, "forward")
+        undone = program.writers(back.buffers["dy"])
+        if drop is None or drop.op != "dropout_forward" or [c.op for c in undone] != ["dropout_backward"]:
+            continue
+        if undone[0].params == drop.params and set(program.readers(y)) == {drop, back}:
+            swaps[back] = replace(back, buffers={**back.buffers, "y": drop.buffers["y"]})
+    return _substitute(program, swaps)
 
 
 # ---------------------------------------------------------------------------------------------- tails

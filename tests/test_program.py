@@ -11,6 +11,7 @@ import fastdl as fd
 from fastdl import layers
 from fastdl.builder import Feed
 from fastdl.executor import plan_arena, stored_size
+from fastdl.kernels import dispatch
 from fastdl.kernels.activations.reference import ACTIVATIONS
 
 BACKENDS = [name for name, state in fd.backends().items() if state == "available"]
@@ -77,6 +78,27 @@ def test_fusion_absorbs_the_block() -> None:
         "dropout_forward",
         "dense_forward",
     ]
+
+
+def test_relu_takes_its_mask_from_the_dropout_behind_it() -> None:
+    """Bit for bit, whatever values: where dropout has put a zero there is no gradient anyway."""
+    net = block_net().compile("softmax_cross_entropy", "adam", backend="numpy").build(13)
+    program = net.program
+    (back,) = [c for c in program.calls if c.op == "relu_backward"]
+    drop = next(c for c in program.calls if c.op == "dropout_forward" and c.phase == "forward")
+    assert back.buffers["y"] is drop.buffers["y"]
+    assert program.readers(drop.buffers["x"]) == [drop]
+    values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 1e38, 1.0, -1.0], np.float32)
+    z, dy = (np.tile(v, 13).reshape(10, 13) for v in (values, values[::-1]))
+    for seed in range(5):
+        words = {"rate": 0.4, "seed": seed, "layer": 1, "step": 2}
+        y, saved = fd.ops.relu_forward(z, backend="numpy")
+        out, drawn = fd.ops.dropout_forward(y, **words, backend="numpy")
+        dy_in = fd.ops.dropout_backward(dy, drawn)
+        want = fd.ops.relu_backward(dy_in, saved)
+        found = np.empty_like(want)
+        dispatch.run("relu_backward", dy_in, out, found, backend="numpy")
+        np.testing.assert_array_equal(found.view(np.int32), want.view(np.int32))
 
 
 @pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled back end is not built")
