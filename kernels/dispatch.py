@@ -282,7 +282,10 @@ def _python_caller(impl: Impl) -> Caller:
 
 
 def _device_caller(impl: Impl) -> Caller:
-    """NumPy arrays to the GPU and back: a copy of every input and of every output."""
+    """Arrays in GPU memory as they are; NumPy arrays to the GPU and back, a copy of every input and output.
+
+    The call comes back when the work is done, so nobody has to wait for a stream and temporary memory can go.
+    """
     how = marshaller(impl.op)
     spec = how.spec
 
@@ -300,12 +303,16 @@ def _device_caller(impl: Impl) -> Caller:
             for array, value in zip(spec.arrays, arrays, strict=True):
                 if value is not None and array.dtype == "T" and value.dtype != np.float32:
                     raise TypeError(f"{impl.op}: CUDA kernels compute in float32, found {value.dtype}; use astype")
-                views.append(None if value is None else _copied(value, room(value.nbytes), gpu))
+                if value is None or not isinstance(value, np.ndarray):
+                    views.append(None if value is None else value.view(array.name))
+                else:
+                    views.append(_copied(value, room(value.nbytes), gpu))
             planner = Planner(_copied(run_block(rows=how.rows(arrays), **runtime), room(64), gpu), room)
             gpu.run(impl.launches(views, params, planner))
             for array, value, view in zip(spec.arrays, arrays, views, strict=True):
-                if value is not None and array.role != "in":
+                if isinstance(value, np.ndarray) and array.role != "in":
                     value[...] = gpu.read(view.address, value.dtype, value.size).reshape(value.shape)
+            gpu.synchronize()
         finally:
             for address in taken:
                 gpu.free(address)

@@ -115,6 +115,12 @@ class DeviceArray:
         address = pool.allocate(math.prod(shape) * self.itemsize)
         return DeviceArray(address, shape, self.dtype, None, pool, _stream_of(device), self.device)
 
+    def holding(self, values: np.ndarray) -> DeviceArray:
+        """A new array with these values of the host."""
+        found = self.like(values.shape)
+        driver.current().write(found.address, np.ascontiguousarray(values, self.dtype))
+        return found
+
     def view(self, name: str = "") -> View:
         """What launches take. It does not keep the memory: whoever launches keeps the array until the work is done."""
         return View(self.address, self.shape, self.row_stride, self.dtype, name)

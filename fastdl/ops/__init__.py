@@ -1,9 +1,13 @@
-"""Stateless ops on NumPy arrays: ``<op>_forward(...) -> (y, ctx)``, ``<op>_backward(dy, ctx) -> gradients``.
+"""Stateless ops on arrays: ``<op>_forward(...) -> (y, ctx)``, ``<op>_backward(dy, ctx) -> gradients``.
 
-Every function takes ``out=`` where it has one main result, ``backend=`` ("auto", "cython", "numba", "numpy") and
-``threads=``. Arrays are float32 or float64 of one dtype and are never cast or copied: any row stride is taken, columns
-must be adjacent (dense products also take transposed views). ``out is x`` is allowed for element-wise ops, any other
-overlap is refused. Wrong arguments raise before anything is written.
+Every function takes ``out=`` where it has one main result, ``backend=`` ("auto", "cython", "numba", "numpy", "cuda")
+and ``threads=``. NumPy arrays are float32 or float64 of one dtype and never cast or copied: any row stride is taken,
+columns must be adjacent (dense products also take transposed views). ``out is x`` is allowed for element-wise ops, any
+other overlap is refused. Wrong arguments raise before anything is written.
+
+Arrays in GPU memory (CuPy, PyTorch, Numba, JAX) are shared without a copy and run on CUDA, float32 in contiguous rows;
+results are `fastdl.cuda.arrays.DeviceArray`, which those libraries take the same way. All arrays of a call lie in one
+memory.
 
 The functions of the element-wise activations (``relu_forward``, ``relu_backward``, ...) are made from the registry.
 """

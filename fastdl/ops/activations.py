@@ -24,17 +24,17 @@ def _activation_forward(
     name: str, x: Any, slope: Any, out: Any, params: dict[str, float], backend: str | None, threads: int | None
 ) -> tuple[np.ndarray, Context]:
     info = ACTIVATIONS[name]
-    checks.floats(x, "x")
-    y = checks.output(out, x.shape, x.dtype, {"x": x, "slope": slope}, alias="" if info.row_op else "x")
-    x2, y2 = checks.rows(x, "x"), checks.rows(y, "out")
-    arrays: tuple[Any, ...] = (x2, y2)
+    x = checks.floats(x, "x")
     if slope is not None:
         if x.ndim != 2:
             raise ValueError(f"x: expected two dimensions where slopes belong to columns, found shape {x.shape}")
-        arrays = (x2, checks.vector(slope, "slope", x.shape[1], x.dtype), y2)
+        slope = checks.vector(slope, "slope", x.shape[1], x)
+    y = checks.output(out, x.shape, x, {"x": x, "slope": slope}, alias="" if info.row_op else "x")
+    x2, y2 = checks.rows(x, "x"), checks.rows(y, "out")
+    arrays: tuple[Any, ...] = (x2, y2) if slope is None else (x2, slope, y2)
     run(f"{name}_forward", arrays, params, backend, threads, 2 * x.nbytes)
     saved = y if info.saves == "y" else x
-    if info.saves == "x" and y is x and name not in ("identity",):
+    if info.saves == "x" and out is not None and checks.overlap(y, x) and name not in ("identity",):
         saved = None  # overwritten in place
     return y, Context(name, {info.saves: saved, "slope": slope}, params, {}, x.shape, backend, threads)
 
@@ -45,15 +45,15 @@ def _activation_backward(name: str, dy: Any, ctx: Any, out: Any) -> Any:
     saved, slope = ctx.arrays[info.saves], ctx.arrays["slope"]
     if saved is None:
         raise ValueError(f"{name}_backward needs the input of the forward pass, which out=x has overwritten")
-    checks.floats(dy, "dy", saved.dtype)
+    dy = checks.floats(dy, "dy", saved)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
     alias = "" if info.row_op else "dy"
-    dx = checks.output(out, ctx.shape, saved.dtype, {"dy": dy, info.saves: saved, "slope": slope}, alias=alias)
+    dx = checks.output(out, ctx.shape, saved, {"dy": dy, info.saves: saved, "slope": slope}, alias=alias)
     views = checks.rows(dy, "dy"), checks.rows(saved, info.saves), checks.rows(dx, "out")
     if slope is None:
         run(f"{name}_backward", views, ctx.params, ctx.backend, ctx.threads, 3 * dy.nbytes)
         return dx
-    dslope = np.empty_like(slope)
+    dslope = checks.empty(slope.shape, slope)
     arrays = (views[0], views[1], slope, views[2], dslope)
     run(f"{name}_backward", arrays, ctx.params, ctx.backend, ctx.threads, 3 * dy.nbytes)
     return dx, dslope

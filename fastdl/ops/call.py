@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdl import config
+import numpy as np
+
+from fastdl import checks, config
 from fastdl.kernels import dispatch
 
 #: Bytes moved below which one thread is used: a parallel region costs about 1 us, which is 30 kB at memory speed.
@@ -49,6 +51,10 @@ def run(
     op: str, arrays: tuple[Any, ...], arguments: dict[str, Any], backend: str | None, threads: int | None, size: int
 ) -> None:
     """Dispatch a checked call; ``size`` is the bytes it moves."""
+    if type(arrays[0]) is not np.ndarray and not checks.on_host(arrays[0]):
+        if backend not in (None, "auto", "cuda"):
+            raise ValueError(f"backend: expected 'cuda' for arrays in GPU memory, found {backend!r}; leave it out")
+        backend = "cuda"
     call = dispatch.bound(op, config.resolve_backend(backend), arrays, arguments)
     number = config.resolve_threads(threads)
     if number is None:

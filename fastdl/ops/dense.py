@@ -38,17 +38,17 @@ def dense_forward(
     y : (N, O)
     ctx : Context
     """
-    checks.matrix(x, "x", transposed=True)
-    checks.matrix(w, "w", x.dtype, transposed=True)
+    x = checks.matrix(x, "x", transposed=True)
+    w = checks.matrix(w, "w", x, transposed=True)
     if w.shape[0] != x.shape[1]:
         raise ValueError(f"w: expected {x.shape[1]} rows, as many as x has columns, found shape {w.shape}")
     if b is not None:
-        checks.vector(b, "b", w.shape[1], x.dtype)
+        b = checks.vector(b, "b", w.shape[1], x)
     info = epilogue(activation)
     params = {"activation": activation, "alpha": info.checked_alpha(alpha)}
-    y = checks.output(out, (x.shape[0], w.shape[1]), x.dtype, {"x": x, "w": w, "b": b})
+    y = checks.output(out, (x.shape[0], w.shape[1]), x, {"x": x, "w": w, "b": b})
     checks.rows(y, "out")
-    z = np.empty_like(y) if info.saves == "x" and activation != "identity" else None
+    z = checks.empty(y.shape, y) if info.saves == "x" and activation != "identity" else None
     size = x.nbytes + w.nbytes + y.nbytes
     run("dense_forward", (x, w, b, y, z), params, backend, threads, size * max(1, min(x.shape[1], 64)))
     saved = {"x": x, "w": w, "b": b, "s": y if z is None else z}
@@ -59,15 +59,15 @@ def dense_backward(dy: np.ndarray, ctx: Context) -> tuple[np.ndarray, np.ndarray
     """Gradients dx (N, I), dw (I, O), db (O,) of `dense_forward`; db is None where there was no bias."""
     ctx = context(ctx, "dense")
     x, w, b, saved = (ctx.arrays[k] for k in ("x", "w", "b", "s"))
-    checks.matrix(dy, "dy", x.dtype)
+    dy = checks.matrix(dy, "dy", x)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
     name, dz = ctx.params["activation"], dy
     if name != "identity":
         params = {"alpha": ctx.params["alpha"]} if ACTIVATIONS[name].alpha is not None else {}
-        dz = np.empty(dy.shape, dy.dtype)
+        dz = checks.empty(dy.shape, dy)
         run(f"{name}_backward", (dy, saved, dz), params, ctx.backend, ctx.threads, 3 * dy.nbytes)
-    dx, dw = np.empty(x.shape, x.dtype), np.empty(w.shape, w.dtype)
-    db = None if b is None else np.empty(b.shape, b.dtype)
+    dx, dw = checks.empty(x.shape, x), checks.empty(w.shape, w)
+    db = None if b is None else checks.empty(b.shape, b)
     size = (x.nbytes + w.nbytes + dy.nbytes) * max(1, min(x.shape[1], 64))
     run("dense_backward_input", (dz, w, dx), {}, ctx.backend, ctx.threads, size)
     run("dense_backward_weights", (x, dz, dw, db), {}, ctx.backend, ctx.threads, size)

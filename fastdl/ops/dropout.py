@@ -49,25 +49,27 @@ def dropout_forward(
     y : shape of x
     ctx : Context
     """
-    checks.floats(x, "x")
+    x = checks.floats(x, "x")
     params, runtime = stream(rate, seed, layer), position(step, first_row)
-    y = checks.output(out, x.shape, x.dtype, {"x": x}, alias="x")
+    y = checks.output(out, x.shape, x, {"x": x}, alias="x")
     arrays = _feature_rows(x, "x"), _feature_rows(y, "out")
     run("dropout_forward", arrays, {**params, **runtime}, backend, threads, 2 * x.nbytes)
     return y, Context("dropout", {"x": x}, params, runtime, x.shape, backend, threads)
 
 
-def _feature_rows(x: np.ndarray, name: str) -> np.ndarray:
+def _feature_rows(x: Any, name: str) -> Any:
     """(N, features); a vector is N rows of one feature."""
+    if not checks.on_host(x) and x.ndim == 1:
+        return x.reshaped(x.size, 1)
     return checks.rows(x, name) if x.ndim != 1 else checks.rows(x[:, None] if x.size else x.reshape(0, 1), name)
 
 
 def dropout_backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None) -> np.ndarray:
     """Gradient of `dropout_forward`: the same mask and scale, regenerated."""
     ctx = context(ctx, "dropout")
-    checks.floats(dy, "dy", ctx.arrays["x"].dtype)
+    dy = checks.floats(dy, "dy", ctx.arrays["x"])
     checks.same_shape(dy, ctx.shape, "dy", "the output")
-    dx = checks.output(out, dy.shape, dy.dtype, {"dy": dy}, alias="dy")
+    dx = checks.output(out, dy.shape, dy, {"dy": dy}, alias="dy")
     arrays = _feature_rows(dy, "dy"), _feature_rows(dx, "out")
     run("dropout_backward", arrays, {**ctx.params, **ctx.runtime}, ctx.backend, ctx.threads, 2 * dy.nbytes)
     return dx

@@ -13,24 +13,27 @@ from fastdl.ops.call import run
 def _loss(
     op: str, z: Any, targets: Any, sample_weight: Any, out: Any, backend: str | None, threads: int | None
 ) -> tuple[float, np.ndarray]:
-    checks.matrix(z, "z")
+    z = checks.matrix(z, "z")
     if z.shape[0] == 0 or z.shape[1] == 0:
         raise ValueError(f"z: expected at least one row and one column, found shape {z.shape}")
-    checks.is_array(targets, "targets")
+    dtypes = (np.int64, np.float32) if op == "softmax_cross_entropy" else (np.float32,)
+    targets = checks.is_array(targets, "targets", z, dtypes)
     if op == "softmax_cross_entropy" and targets.ndim == 2:
         op = "softmax_cross_entropy_onehot"
     if op == "softmax_cross_entropy":
         targets = _labels(targets, z.shape)
     else:
-        checks.matrix(targets, "targets", z.dtype)
+        targets = checks.matrix(targets, "targets", z)
         checks.same_shape(targets, z.shape, "targets", "z")
-        if np.isnan(targets).any():
+        if checks.on_host(targets) and np.isnan(targets).any():
             raise ValueError("targets: expected numbers, found NaN; drop or fill those rows")
     if sample_weight is not None:
-        checks.vector(sample_weight, "sample_weight", z.shape[0], z.dtype)
-        if not np.isfinite(sample_weight).all() or (sample_weight < 0).any() or not (sample_weight > 0).any():
+        sample_weight = checks.vector(sample_weight, "sample_weight", z.shape[0], z)
+        if checks.on_host(sample_weight) and (
+            not np.isfinite(sample_weight).all() or (sample_weight < 0).any() or not (sample_weight > 0).any()
+        ):
             raise ValueError("sample_weight: expected finite values of at least 0 with a positive sum")
-    dz = checks.output(out, z.shape, z.dtype, {"targets": targets, "sample_weight": sample_weight, "z": z})
+    dz = checks.output(out, z.shape, z, {"targets": targets, "sample_weight": sample_weight, "z": z})
     checks.rows(dz, "out")
     stats = np.zeros(3)
     arguments = {"total_rows": z.shape[0]}
@@ -38,11 +41,14 @@ def _loss(
     return float(stats[0]), dz
 
 
-def _labels(targets: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _labels(targets: Any, shape: tuple[int, ...]) -> Any:
+    """Labels as kernels take them. In GPU memory their values are not looked at: a wrong one makes the loss NaN."""
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integer labels (N,) or one-hot rows (N, C), found dtype {targets.dtype}")
     if targets.shape != shape[:1]:
         raise ValueError(f"targets: expected shape {shape[:1]}, one label per row, found {targets.shape}")
+    if not checks.on_host(targets):
+        return targets
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= shape[1]:
         raise ValueError(f"targets: expected labels in [0, {shape[1]}), found values from {low} to {high}")

@@ -55,31 +55,32 @@ def batchnorm_forward(
     y : (N, C)
     ctx : Context
     """
-    checks.matrix(x, "x")
+    x = checks.matrix(x, "x")
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one row to normalise over, found none")
     vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
     for name, value in vectors.items():
-        checks.vector(value, name, x.shape[1], x.dtype)
+        vectors[name] = checks.vector(value, name, x.shape[1], x)
+    gamma, beta, running_mean, running_var = vectors.values()
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected the weight of the old statistic, in [0, 1], found {decay!r}")
     if not eps > 0:
         raise ValueError(f"eps: expected a positive value, found {eps!r}")
     if activation == "prelu":
         info = ACTIVATIONS["prelu"]
-        checks.vector(slope, "slope", x.shape[1], x.dtype)
+        slope = checks.vector(slope, "slope", x.shape[1], x)
     elif slope is not None:
         raise ValueError(f"slope: belongs to activation 'prelu', found it with {activation!r}")
     else:
         info = epilogue(activation)
-    y = checks.output(out, x.shape, x.dtype, {"x": x, **vectors, "slope": slope})
+    y = checks.output(out, x.shape, x, {"x": x, **vectors, "slope": slope})
     checks.rows(y, "out")
     params: dict[str, Any] = {"activation": activation, "alpha": info.checked_alpha(alpha)}
     size = 3 * x.nbytes
     if not training:
         arrays = (x, gamma, beta, running_mean, running_var, slope, y)
         run("batchnorm_inference", arrays, {**params, "eps": eps}, backend, threads, size)
-        mean, inv_std = running_mean.copy(), (1.0 / np.sqrt(running_var + x.dtype.type(eps))).astype(x.dtype)
+        mean, inv_std = _inverse(running_mean, running_var, eps)
         runtime = {"step": 0, "first_row": 0}
         params |= {"rate": 0.0, "seed": 0, "layer": 0, "training": 0}
     else:
@@ -87,7 +88,7 @@ def batchnorm_forward(
         checks.writable(running_var, "running_var")
         params |= stream(rate, seed, layer)
         runtime = position(step, first_row)
-        mean, inv_std = np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype)
+        mean, inv_std = checks.empty(x.shape[1:], x), checks.empty(x.shape[1:], x)
         arrays = (x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std)
         run("batchnorm_forward", arrays, {**params, "decay": decay, "eps": eps, **runtime}, backend, threads, size)
         params["training"] = 1
@@ -95,16 +96,23 @@ def batchnorm_forward(
     return y, Context("batchnorm", saved, params, runtime, x.shape, backend, threads)
 
 
+def _inverse(mean: Any, var: Any, eps: float) -> tuple[Any, Any]:
+    """Copies of running statistics as the backward pass takes them; a GPU's come by way of the host."""
+    values = [value if checks.on_host(value) else value.numpy() for value in (mean, var)]
+    found = values[0].copy(), (1.0 / np.sqrt(values[1] + values[1].dtype.type(eps))).astype(values[1].dtype)
+    return found if checks.on_host(mean) else tuple(mean.holding(value) for value in found)
+
+
 def batchnorm_backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """Gradients dx (N, C), dgamma (C,), dbeta (C,), and dslope (C,) after PReLU, of `batchnorm_forward`."""
     ctx = context(ctx, "batchnorm")
     x, slope = ctx.arrays["x"], ctx.arrays["slope"]
-    checks.matrix(dy, "dy", x.dtype)
+    dy = checks.matrix(dy, "dy", x)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
-    dx = checks.output(out, x.shape, x.dtype, {"dy": dy, **ctx.arrays}, name="out")
+    dx = checks.output(out, x.shape, x, {"dy": dy, **ctx.arrays}, name="out")
     checks.rows(dx, "out")
-    dgamma, dbeta = np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype)
-    dslope = None if slope is None else np.empty_like(slope)
+    dgamma, dbeta = checks.empty(x.shape[1:], x), checks.empty(x.shape[1:], x)
+    dslope = None if slope is None else checks.empty(slope.shape, slope)
     arrays = (
         dy,
         *(ctx.arrays[k] for k in ("x", "gamma", "beta", "mean", "inv_std", "slope")),

@@ -20,18 +20,15 @@ def _sweep(
         if x is None:
             flat[name] = None
             continue
-        checks.floats(x, name, w.dtype)
+        x = checks.floats(x, name, w)
         checks.same_shape(x, w.shape, name, "w")
-        if not x.flags.c_contiguous:
-            raise ValueError(
-                f"{name}: expected a C-contiguous array, found strides {x.strides}; use np.ascontiguousarray"
-            )
         if name != "g":
             checks.writable(x, name)
+        vector = checks.flat(x, name)
         for other, seen in flat.items():
-            if seen is not None and np.may_share_memory(seen, x):
+            if seen is not None and checks.overlap(seen, vector):
                 raise ValueError(f"{name}: overlaps {other}; hand over another array")
-        flat[name] = x.reshape(-1)
+        flat[name] = vector
     ordered = tuple(flat.get(a.name) for a in registry.spec(op).arrays)
     run(op, ordered, arguments, backend, threads, sum(x.nbytes for x in flat.values() if x is not None) * 2)
 
