@@ -7,11 +7,8 @@
 dx (2 reads, 1 write): threads of a block in a tree, blocks that share a strip of columns by the last one to finish, in
 their order, so that sums have the same bits in every run.
 
-**Softmax.** A row belongs to as many threads as it has eights of columns, at most a block of them: up to a warp's worth
-speak by shuffles, beyond by shared memory. Rows of up to 2048 columns stay in registers, 1 read (backward 2) and 1
-write; longer ones are read twice, the second time from L2 as a rule. Forward needs one sweep before the last one: each
-thread's sum is relative to its own maximum and corrected when that rises (Milakov and Gimelshein 2018). inf or NaN
-makes its row NaN; -inf is 0 beside finite numbers.
+**Softmax.** 1 read (backward 2) and 1 write for rows of up to 4096 columns; how a block's threads share a row:
+common/rows_cuda.py. inf or NaN makes its row NaN; -inf is 0 beside finite numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import numpy as np
 
 from fastdl.kernels.activations.points import POINTS
 from fastdl.kernels.common import numba_cuda as gpu
+from fastdl.kernels.common import rows_cuda as team
 from fastdl.kernels.common.gpu import LEAST_ROWS, ROOM, Kernel, Launch, Planner, View, float_type, kernel, spans, strips
 from fastdl.kernels.common.numba_math import exp
 from fastdl.kernels.registry import Impl, register
@@ -33,9 +31,8 @@ if not gpu.MISSING:
 ZERO = gpu.f4(0)
 NONE = (ZERO,) * 8
 LINE = 128  # bytes: the width of a strip of sums
+MEETING = team.ROOM  # of shared memory: Numba wants a name of this file
 SWEEP = 32  # threads side by side where nothing is summed: a warp's worth of a row
-LEAST = gpu.f4(np.finfo(np.float32).min)  # where maxima begin: -inf would give -inf - -inf
-NOTHING = gpu.f4(-np.inf)  # beyond a row's end: no part of maximum or sum
 
 
 # ---------------------------------------------------------------------------------------------- slopes per column
@@ -127,119 +124,63 @@ def _slope_backward(launched: Kernel) -> Callable[..., list[Launch]]:
 
 
 # ---------------------------------------------------------------------------------------------- softmax
-exp8 = gpu.each(lambda x, top: exp(x - top), 2)
-scale8 = gpu.each(lambda x, w: x * w, 2)
-product8 = gpu.each(lambda x, y: x * y, 2)
+# Registers: 51 and 62 from sm_90 on; the assembler keeps twice as much in flight for sm_80.
 gradient8 = gpu.each(lambda dy, y, dot: y * (dy - dot), 3)
 
 
-@gpu.point
-def larger(a, b):
-    """A NaN in b loses: it makes the sum NaN."""
-    return b if b > a else a
-
-
-@gpu.point
-def max8(top, t):
-    low = larger(larger(larger(top, t[0]), t[1]), larger(larger(top, t[2]), t[3]))
-    return larger(low, larger(larger(larger(top, t[4]), t[5]), larger(larger(top, t[6]), t[7])))
-
-
-@gpu.point
-def sum8(t):
-    return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]))
-
-
-@gpu.point
-def row_max(room, v):
-    """The maximum over a row's threads, in each of them; as `row_sum`."""
-    half = min(32, cuda.blockDim.x) >> 1
-    while half > 0:
-        v = larger(v, cuda.shfl_xor_sync(0xFFFFFFFF, v, half))
-        half >>= 1
-    if cuda.blockDim.x > 32:
-        room[gpu.place() >> 5] = v
-        gpu.sync()
-        first = (gpu.place() - cuda.threadIdx.x) >> 5
-        for k in range(cuda.blockDim.x >> 5):
-            v = larger(v, room[first + k])
-        gpu.sync()
-    return v
-
-
-@gpu.point
-def row_sum(room, v):
-    """The sum over a row's threads, in each of them: a warp's by halves, then the row's warps in order.
-
-    ``room`` has a float of shared memory for each warp, and no thread of the block may be missing.
-    """
-    half = min(32, cuda.blockDim.x) >> 1
-    while half > 0:
-        v += cuda.shfl_xor_sync(0xFFFFFFFF, v, half)
-        half >>= 1
-    if cuda.blockDim.x > 32:
-        room[gpu.place() >> 5] = v  # its lanes have the same bits
-        gpu.sync()
-        first = (gpu.place() - cuda.threadIdx.x) >> 5
-        v = room[first]
-        for k in range(1, cuda.blockDim.x >> 5):
-            v += room[first + k]
-        gpu.sync()
-    return v
-
-
-@kernel("T* x, i8 x_row, T* y, i8 y_row, u4* run, i4 cols, i4 wide", registers=72)
+@kernel("T* x, i8 x_row, T* y, i8 y_row, u4* run, i4 cols, i4 wide", registers=112)
 def softmax_forward(x, x_row, y, y_row, run, cols, wide):
-    room = cuda.shared.array(8, gpu.f4)
-    rows, step, c = gpu.rows_of(run), gpu.i4(8 * cuda.blockDim.x), gpu.i4(8 * cuda.threadIdx.x)
+    room = cuda.shared.array(MEETING, gpu.f4)
+    last, step, c = gpu.rows_of(run), gpu.i4(8 * cuda.blockDim.x), gpu.i4(8 * cuda.threadIdx.x)
     base = gpu.i4(cuda.blockIdx.y * cuda.blockDim.y)
-    while base < rows:  # all threads of a block alike: behind the last row they have no columns
+    while base < last:  # all threads of a block alike: behind the last row they have no columns
         r = gpu.i8(base) + cuda.threadIdx.y
-        end = cols if r < rows else gpu.i4(0)
+        end = cols if r < last else gpu.i4(0)
         i, j = r * x_row, r * y_row
-        t = gpu.take8(x, i + c, end - c, wide != 0 and c + 8 <= end, NOTHING)
-        top = max8(LEAST, t)
-        e, own = exp8(t, top), top
-        total = sum8(e)
-        k = gpu.i4(c + step)
+        t, u = team.start(x, i, c, end, wide, team.NOTHING)
+        top = team.max8(team.max8(team.LEAST, t), u)
+        e, f, own = team.exp8(t, top), team.exp8(u, top), top
+        total = team.sum8(e) + team.sum8(f)
+        k = gpu.i4(c + 2 * step)
         while k < end:
-            t = gpu.take8(x, i + k, end - k, wide != 0 and k + 8 <= end, NOTHING)
-            higher = max8(top, t)
-            total = total * exp(top - higher) + sum8(exp8(t, higher))
+            t = gpu.take8(x, i + k, end - k, wide != 0 and k + 8 <= end, team.NOTHING)
+            higher = team.max8(top, t)
+            total = total * exp(top - higher) + team.sum8(team.exp8(t, higher))
             top = higher
             k = gpu.i4(k + step)
-        highest = row_max(room, top)
-        scale = gpu.f4(1) / row_sum(room, total * exp(top - highest))
-        gpu.give8(y, j + c, scale8(e, exp(own - highest) * scale), end - c, wide != 0 and c + 8 <= end)
-        k = gpu.i4(c + step)
+        highest, _, total = team.meet(room, room, top, 0, total)
+        scale = gpu.f4(1) / total
+        kept = exp(own - highest) * scale
+        team.finish(y, j, c, end, wide, team.scale8(e, kept), team.scale8(f, kept))
+        k = gpu.i4(c + 2 * step)
         while k < end:
-            t = gpu.take8(x, i + k, end - k, wide != 0 and k + 8 <= end, NOTHING)
-            gpu.give8(y, j + k, scale8(exp8(t, highest), scale), end - k, wide != 0 and k + 8 <= end)
+            t = gpu.take8(x, i + k, end - k, wide != 0 and k + 8 <= end, team.NOTHING)
+            gpu.give8(y, j + k, team.scale8(team.exp8(t, highest), scale), end - k, wide != 0 and k + 8 <= end)
             k = gpu.i4(k + step)
         base = gpu.i4(base + gpu.row_step())
 
 
-@kernel("T* dy, i8 dy_row, T* y, i8 y_row, T* dx, i8 dx_row, u4* run, i4 cols, i4 wide", registers=80)
+@kernel("T* dy, i8 dy_row, T* y, i8 y_row, T* dx, i8 dx_row, u4* run, i4 cols, i4 wide", registers=120)
 def softmax_backward(dy, dy_row, y, y_row, dx, dx_row, run, cols, wide):
-    room = cuda.shared.array(8, gpu.f4)
-    rows, step, c = gpu.rows_of(run), gpu.i4(8 * cuda.blockDim.x), gpu.i4(8 * cuda.threadIdx.x)
+    room = cuda.shared.array(MEETING, gpu.f4)
+    last, step, c = gpu.rows_of(run), gpu.i4(8 * cuda.blockDim.x), gpu.i4(8 * cuda.threadIdx.x)
     base = gpu.i4(cuda.blockIdx.y * cuda.blockDim.y)
-    while base < rows:
+    while base < last:
         r = gpu.i8(base) + cuda.threadIdx.y
-        end = cols if r < rows else gpu.i4(0)
+        end = cols if r < last else gpu.i4(0)
         i, j, o = r * dy_row, r * y_row, r * dx_row
-        whole = wide != 0 and c + 8 <= end
-        g, v = gpu.take8(dy, i + c, end - c, whole, ZERO), gpu.take8(y, j + c, end - c, whole, ZERO)
-        dot = sum8(product8(g, v))
-        k = gpu.i4(c + step)
+        g, h = team.start(dy, i, c, end, wide, ZERO)
+        v, w = team.start(y, j, c, end, wide, ZERO)
+        dot = team.sum8(team.product8(g, v)) + team.sum8(team.product8(h, w))
+        k = gpu.i4(c + 2 * step)
         while k < end:
             whole = wide != 0 and k + 8 <= end
             g_k, v_k = gpu.take8(dy, i + k, end - k, whole, ZERO), gpu.take8(y, j + k, end - k, whole, ZERO)
-            dot += sum8(product8(g_k, v_k))
+            dot += team.sum8(team.product8(g_k, v_k))
             k = gpu.i4(k + step)
-        dot = row_sum(room, dot)
-        gpu.give8(dx, o + c, gradient8(g, v, dot), end - c, wide != 0 and c + 8 <= end)
-        k = gpu.i4(c + step)
+        dot = team.row_sum(room, dot)
+        team.finish(dx, o, c, end, wide, gradient8(g, v, dot), gradient8(h, w, dot))
+        k = gpu.i4(c + 2 * step)
         while k < end:
             whole = wide != 0 and k + 8 <= end
             g_k, v_k = gpu.take8(dy, i + k, end - k, whole, ZERO), gpu.take8(y, j + k, end - k, whole, ZERO)
