@@ -242,7 +242,7 @@ class Builder:
         """Forward from the caller's rows into the result's: nothing is copied at either end."""
         trace = Trace(False, self.seed, self.segments, self.states)
         x, y = Buffer("X", (self.width,), "slot"), Buffer("Y", (self.out_width,), "slot")
-        rounds = self.mixed and memory.mirror is not None  # slots are float32, what lies between them bfloat16
+        rounds = memory.mixed and memory.mirror is not None  # slots are float32, what lies between them bfloat16
         first = trace.batch("x", self.width) if rounds else x
         if rounds:
             trace.call("identity_forward", phase="feed", x=x, y=first)

@@ -16,7 +16,7 @@ from fastdl.errors import BackendUnavailable, ModelFileError
 from fastdl.executor import Run
 from fastdl.inputs import as_matrix, as_targets, as_weights, split_validation, whole_number
 from fastdl.kernels import dispatch
-from fastdl.kernels.common.gpu import Launch
+from fastdl.kernels.common.gpu import Launch, Product
 from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
@@ -377,12 +377,21 @@ class Sequential:
         with self._lock:
             return self._ready().plan(batch_size)
 
-    def launches(self, batch_size: int) -> list[Launch]:
-        """Every launch of this model on a GPU: training, validation, prediction and loops of the user's own."""
+    def launches(self, batch_size: int, mixed: bool | None = None, library: Any = None) -> list[Launch | Product]:
+        """Every launch of this model on a GPU: training, validation, prediction and loops of the user's own.
+
+        Parameters
+        ----------
+        batch_size : int
+        mixed : bool, optional
+            Matrices of bfloat16; as the model was compiled if not given.
+        library : object, optional
+            ``has(product)`` says which products it has; none if not given.
+        """
         with self._lock:
             return [
                 launch
-                for e in self._ready().on_paper(batch_size)
+                for e in self._ready().on_paper(batch_size, mixed, library)
                 for step in e.plan().steps
                 for launch in step.launches
             ]

@@ -275,12 +275,16 @@ class Runtime:
         feed = Feed(labels=s.loss.target_kind == "labels")
         return self.builder.train(32, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse)[0]
 
-    def on_paper(self, rows: int) -> Iterator[CudaExecutor]:
-        """The model's Programs bound to a GPU that hands out addresses and no more; the training step comes first."""
+    def on_paper(self, rows: int, mixed: bool | None = None, library: Any = None) -> Iterator[CudaExecutor]:
+        """The model's Programs bound to a GPU that hands out addresses and no more; the training step comes first.
+
+        ``mixed`` says whether matrices are bfloat16, as the model has it if not given.
+        """
         from fastdl.cuda.plan import Paper
 
         builder, s = self.builder, self.settings
-        memory, moments = builder.memory(False, s.optimizer, Paper())
+        memory, moments = builder.memory(False, s.optimizer, Paper(library))
+        memory = memory if mixed is None else replace(memory, mixed=mixed)
         made = [builder.loop(rows, s.optimizer, memory, moments, s.fuse), builder.predict(rows, memory, s.fuse)]
         if s.loss is not None:
             feed = Feed(rows, labels=s.loss.target_kind == "labels")

@@ -152,6 +152,16 @@ def test_machine_code(spec: registry.OpSpec, dtype: str, full_matrix: bool) -> N
             assert not re.search(r"^\s*(?!mov|\.reg)\S*\.f64", text, re.MULTILINE), f"{launch.kernel.name}: float64"
 
 
+def test_machine_code_of_what_nets_launch(full_matrix: bool) -> None:
+    """Kernels that no call of one op launches: fused ones, one activation's of each family in a run without --full."""
+    alone = {launch.kernel.name for spec in SPECS for launch in launched(spec, "float32")}
+    fused = [k for k in ahead.kernels() if k.name not in alone]
+    assert len(fused) > 60
+    for kernel in fused if full_matrix else [k for k in fused if re.search("_relu(_|$)|round|next", k.name)]:
+        for dtype in ("float32", "bfloat16"):
+            check(kernel, dtype, (9, 0))
+
+
 #: Ops whose arrays are all matrices (N, C), or all vectors (P,) but for a factor.
 SWEEPS = [
     spec
@@ -238,7 +248,10 @@ def test_other_kernels_access_16_bytes_at_a_time(spec: registry.OpSpec) -> None:
 
 def test_cubins_are_built_ahead_and_found(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = ahead.kernels()
-    assert len({kernel.name for kernel in kernels}) == len(kernels) > 100
+    names = {kernel.name for kernel in kernels}
+    assert len(names) == len(kernels) > 200
+    assert names >= {launch.kernel.name for spec in SPECS for launch in launched(spec, "float32")}
+    assert names >= {"round_parameters", "round_forward", "widen_forward", "gather_rows_rounded", "bias_relu_dropout"}
     (relu,) = (kernel for kernel in kernels if kernel.name == "relu_forward")
     (count,) = (kernel for kernel in kernels if kernel.name == "row_range")
     assert cubins.build([relu, count], [(8, 0)], tmp_path) == 3  # one of them has no floats

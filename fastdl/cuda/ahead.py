@@ -1,14 +1,20 @@
-"""Kernels compiled ahead of time: all that a net of fastdl's layers, losses and optimisers can launch."""
+"""Kernels compiled ahead of time: all that a net of fastdl's layers, losses and optimisers, or an op, can launch."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from fastdl import layers, losses, optimizers
+from fastdl.cuda.plan import Paper
+from fastdl.kernels import dispatch, registry
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.kernels.common.gpu import Kernel
+from fastdl.kernels.common.gpu import Kernel, Launch, Planner, Product, View
 from fastdl.kernels.gather.numba_cuda import next_step
+from fastdl.kernels.optimizers.numba_cuda import round_parameters
 from fastdl.model import Sequential
 
 #: (batch, width): below and above the shapes from which kernels have other tiles or blocks.
@@ -26,9 +32,14 @@ def _stacks(width: int) -> Iterator[list[layers.Layer]]:
         yield [layers.BatchNorm(), layers.Activation(name), layers.Dense(width, use_bias=False)]
 
 
-def kernels() -> list[Kernel]:
-    """Each kernel once."""
-    found: dict[str, Kernel] = {next_step.name: next_step}
+class _Plain:
+    """A library of products without epilogues but the bias: all else is left to sweeps."""
+
+    def has(self, product: Product) -> bool:
+        return product.epilogue in ("DEFAULT", "BIAS")
+
+
+def _of_nets() -> Iterator[Launch | Product]:
     moving = optimizers.SGD(0.1, momentum=0.9, clip_norm=1.0)
     for rows, width in SHAPES:
         nets = [(stack, "softmax_cross_entropy", "adam", fuse) for stack in _stacks(width) for fuse in (True, False)]
@@ -36,6 +47,30 @@ def kernels() -> list[Kernel]:
         nets += [(small, loss, by, True) for loss, by in itertools.product(losses.KNOWN, ("sgd", "adamw", moving))]
         for stack, loss, by, fuse in nets:
             net = Sequential(stack, seed=0).compile(loss, by, backend="numpy", fuse=fuse).build(width)
-            for launch in net.launches(rows):
-                found[launch.kernel.name] = launch.kernel
+            yield from net.launches(rows)
+            if fuse:
+                yield from net.launches(rows, mixed=True, library=_Plain())
+
+
+def _of_calls() -> Iterator[Launch]:
+    """What eager calls launch."""
+    paper = Paper()
+    for spec in registry.specs():
+        if (impl := registry.find(spec.name, "cuda")) is None:
+            continue
+        views = []
+        for array in spec.arrays:
+            shape, kind = array.dims(dict.fromkeys(spec.letters, 64)), registry.DTYPES[array.dtype] or np.float32
+            views.append(View(paper.allocate(1 << 16), shape, math.prod(shape[1:]), np.dtype(kind)))
+        for variant in spec.variants:
+            yield from impl.launches(views, {**spec.defaults(), **variant}, Planner(views[0], paper.allocate))
+
+
+def kernels() -> list[Kernel]:
+    """Each kernel once."""
+    dispatch.load_cuda()
+    found: dict[str, Kernel] = {kernel.name: kernel for kernel in (next_step, round_parameters)}
+    for launch in itertools.chain(_of_nets(), _of_calls()):
+        if isinstance(launch, Launch):
+            found[launch.kernel.name] = launch.kernel
     return list(found.values())

@@ -124,10 +124,10 @@ def _backward(
 
 # ---------------------------------------------------------------------------------------------------- on paper
 class Paper:
-    """A device that only hands out addresses."""
+    """A device that only hands out addresses; ``library`` says which products it would have."""
 
-    def __init__(self) -> None:
-        self.top = 1 << 32
+    def __init__(self, library: Any = None) -> None:
+        self.top, self.library = 1 << 32, library
 
     def allocate(self, size: int) -> int:
         address, self.top = self.top, self.top + (size + 255) // 256 * 256

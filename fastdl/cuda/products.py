@@ -1,6 +1,6 @@
 """Dense calls as products of cuBLASLt, where the library is present.
 
-| call | epilogue | what is left for a sweep of its own |
+| call | epilogue | what is left for one sweep (``kernels/dense/sweeps_cuda.py``) |
 |---|---|---|
 | forward | bias; ReLU, with a bit for each positive element where backward wants them; GELU by tanh | others, dropout |
 | backward to the input | the bits, or GELU's derivative | others, dropout |
@@ -13,13 +13,15 @@ a net takes the same way in every run. Products work on the rows that are there:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fastdl.kernels import registry
 from fastdl.kernels.common.gpu import Launch, Planner, Product, View
+from fastdl.kernels.dense.sweeps_cuda import backward_launch, forward_launch
 from fastdl.kernels.optimizers.numba_cuda import round_launch
 from fastdl.program import Buffer, Call
 
@@ -60,38 +62,50 @@ class Products:
     def _forward(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
         x, w, b, y, z = self._arrays(head)
         activation = head.params.get("activation") or "identity"
-        before = []
-        if b is not None and y.dtype == "bfloat16":
-            b, before = self._rounded(head.buffers["b"], b)
-        plain = {"epilogue": "DEFAULT" if b is None else "BIAS", "vector": b}
-        fused = []
-        if activation == "relu" and b is not None and z is None:
-            fused = [Product(x, w, y, epilogue="RELU_BIAS", vector=b)]
-            if (mask := self._mask(head, y)) is not None:
-                fused = [Product(x, w, y, epilogue="RELU_AUX_BIAS", vector=b, aux=mask)]
-        elif activation == "gelu_tanh" and b is not None and z is not None and z.row_stride % VALUES == 0:
-            fused = [Product(x, w, y, epilogue="GELU_AUX_BIAS", vector=b, aux=z)]
+        bias, before = self._bias(head, b, y)
+        added = {"epilogue": "BIAS", "vector": bias} if b is not None else {}
+        if not rest and (fused := self._fused(head, activation, Product(x, w, y, **added), z)):
+            return before + fused
+        self._masks.pop(head.buffers["y"], None)
+        out = self._views.view(rest[-1].buffers["y"]) if rest else y
+        dropout = rest[-1].params if rest else None
+        alpha = head.params.get("alpha", 0.0)
+        if z is not None:
+            sweep = forward_launch(z, None, out, activation, alpha, dropout, self._planner)
+            return [*before, Product(x, w, z, **added), sweep]
+        return [Product(x, w, y), forward_launch(y, b, out, activation, alpha, dropout, self._planner)]
+
+    def _fused(self, head: Call, activation: str, plain: Product, z: View | None) -> list[Launch | Product]:
+        """The product with the activation in its epilogue, where the library has it."""
+        found = None
+        if activation == "relu" and plain.vector is not None and z is None:
+            found = replace(plain, epilogue="RELU_BIAS")
+            if (mask := self._mask(head, plain.c)) is not None:
+                found = replace(plain, epilogue="RELU_AUX_BIAS", aux=mask)
+        elif activation == "gelu_tanh" and plain.vector is not None and z is not None and z.row_stride % VALUES == 0:
+            found = replace(plain, epilogue="GELU_AUX_BIAS", aux=z)
         elif activation == "identity" and z is None:
-            fused = [Product(x, w, y, **plain)]
-        if not fused or not all(self._has(p) for p in fused):
-            self._masks.pop(head.buffers["y"], None)
-            between = z or y
-            fused = [Product(x, w, between, **plain)]
-            if activation != "identity" or between is not y:
-                fused += self._sweep(f"{activation}_forward", [between, y], head.params)
-        return before + fused + self._tails(rest)
+            found = plain
+        return [found] if found is not None and self._has(found) else []
 
     def _backward_input(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
         dy, w, dx = self._arrays(head)
+        product = Product(dy, w, dx, b_turned=True)
+        if not rest or rest[-1].op == "dropout_backward":
+            return [product, *self._tails(rest)]
+        undone = rest[-1]
+        saved = undone.buffers.get("y") or undone.buffers.get("x")
+        out, kept = self._views.view(undone.buffers["dx"]), self._views.view(saved)
+        if len(rest) == 1 and undone.op == "relu_backward" and saved in self._masks:
+            return [replace(product, c=out, epilogue="DRELU", aux=self._masks[saved])]
+        if len(rest) == 1 and undone.op == "gelu_tanh_backward" and dx.cols % VALUES == 0:
+            fused = replace(product, c=out, epilogue="DGELU", aux=kept)
+            if self._has(fused):
+                return [fused]
         if len(rest) == 1:
-            out, saved = self._views.view(rest[0].buffers["dx"]), rest[0].buffers.get("y") or rest[0].buffers.get("x")
-            if rest[0].op == "relu_backward" and saved in self._masks:
-                return [Product(dy, w, out, b_turned=True, epilogue="DRELU", aux=self._masks[saved])]
-            if rest[0].op == "gelu_tanh_backward" and dx.cols % VALUES == 0:
-                fused = Product(dy, w, out, b_turned=True, epilogue="DGELU", aux=self._views.view(saved))
-                if self._has(fused):
-                    return [fused]
-        return [Product(dy, w, dx, b_turned=True), *self._tails(rest)]
+            return [product, *self._tails(rest)]
+        name, alpha = undone.op.removesuffix("_backward"), undone.params.get("alpha", 0.0)
+        return [product, backward_launch(dx, kept, out, name, alpha, rest[0].params, self._planner)]
 
     def _backward_weights(self, head: Call, rest: Sequence[Call]) -> list[Launch | Product]:
         x, dy, dw, db = self._arrays(head)
@@ -118,17 +132,14 @@ class Products:
         self._masks[head.buffers["y"]] = mask
         return mask
 
-    def _rounded(self, buffer: Buffer, b: View) -> tuple[View, list[Launch]]:
-        """A bias as products of bfloat16 take it; a folded one, which no optimiser rounds, by a launch of its own."""
-        if (kept := self._views.rounded(buffer)) is not None:
+    def _bias(self, head: Call, b: View | None, y: View) -> tuple[View | None, list[Launch]]:
+        """A bias as products take it; a folded one of bfloat16, which no optimiser rounds, by a launch of its own."""
+        if b is None or y.dtype != "bfloat16":
+            return b, []
+        if (kept := self._views.rounded(head.buffers["b"])) is not None:
             return kept, []
         copy = View(self._planner.allocate(2 * b.rows), b.shape, 1, "bfloat16", b.name)
         return copy, [round_launch(b, copy)]
-
-    def _sweep(self, op: str, arrays: list[View | None], params: Mapping[str, Any]) -> list[Launch]:
-        return registry.find(op, "cuda").launches(
-            arrays, {**registry.spec(op).defaults(), **{k: v for k, v in params.items() if k == "alpha"}}, self._planner
-        )
 
     def _tails(self, calls: Sequence[Call]) -> list[Launch]:
         """What our own product would do in its registers."""
