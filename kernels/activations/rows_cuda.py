@@ -23,6 +23,7 @@ from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common import rows_cuda as team
 from fastdl.kernels.common.gpu import LEAST_ROWS, ROOM, Kernel, Launch, Planner, View, float_type, kernel, spans, strips
 from fastdl.kernels.common.numba_math import exp
+from fastdl.kernels.common.sums_cuda import arrives_last, sum_blocks, sum_down
 from fastdl.kernels.registry import Impl, register
 
 if not gpu.MISSING:
@@ -80,15 +81,15 @@ def backward_kernel(name: str, f: Callable[..., Any], slope_part: Callable[..., 
             s = parts8(s, g, v)
             gpu.give8(dx, r * dx_row + c, eight(g, v, a), n, whole)
             r += gpu.row_step()
-        total = gpu.sum_down(room, s)
+        total = sum_down(room, s)
         k = gpu.i8(8) * cuda.blockDim.x * cuda.blockIdx.x + gpu.place()  # from here on a thread's column
         here = gpu.place() < 8 * cuda.blockDim.x
         if cuda.gridDim.y > 1:
             if here:
                 partial[cuda.blockIdx.y * columns + k] = total
-            if not gpu.arrives_last(counters, cuda.blockIdx.x, cuda.gridDim.y):
+            if not arrives_last(counters, cuda.blockIdx.x, cuda.gridDim.y):
                 return
-            total = gpu.sum_blocks(room, partial, 0, c, columns)
+            total = sum_blocks(room, partial, 0, c, columns)
         if here and k < cols:
             gpu.store(dslope, k, total)
 

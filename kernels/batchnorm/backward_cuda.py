@@ -40,6 +40,7 @@ from fastdl.kernels.batchnorm.moments_cuda import (
 )
 from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common.gpu import ROOM, Kernel, Launch, Planner, View, float_type, strips
+from fastdl.kernels.common.sums_cuda import arrives_last, sum_blocks, sum_down
 from fastdl.kernels.dropout.numba_cuda import draw8, drop8
 
 if not gpu.MISSING:
@@ -66,7 +67,7 @@ def rests(room, x, x_row, rows, c, cols, whole, mean, loose):
     while r < rows:
         s = gpu.add8(s, subtract8(gpu.take8(x, r * x_row + c, cols - c, whole, ZERO), mean))
         r += cuda.blockDim.y
-    rest = gpu.sum_down(room, s) / gpu.f4(rows)
+    rest = sum_down(room, s) / gpu.f4(rows)
     room[gpu.place()] = rest
     gpu.sync()
     eight = rest8(PLACES, room, 8 * cuda.threadIdx.x, loose)
@@ -140,20 +141,20 @@ def sums_kernel(activation: str) -> Kernel:
                 g = drop8(g, draw8(gpu.column(), r, run, layer, k0, k1), last, scale)
             s0, s1, s2 = add(g, v, s0, s1, s2, centre, gain, shift, w, a)
             r += step
-        t0, t1, t2 = gpu.sum_down(room, s0), gpu.sum_down(room, s1), ZERO
+        t0, t1, t2 = sum_down(room, s0), sum_down(room, s1), ZERO
         if sloped:
-            t2 = gpu.sum_down(room, s2)
+            t2 = sum_down(room, s2)
         k = gpu.i8(8) * cuda.blockDim.x * cuda.blockIdx.x + gpu.place()  # from here on a thread's column
         here = gpu.place() < 8 * cuda.blockDim.x
         if blocks > 1:
             if here:
                 i, apart = cuda.blockIdx.y * columns + k, blocks * columns
                 partial[i], partial[i + apart], partial[i + 2 * apart] = t0, t1, t2
-            if not gpu.arrives_last(counters, cuda.blockIdx.x, cuda.gridDim.y):
+            if not arrives_last(counters, cuda.blockIdx.x, cuda.gridDim.y):
                 return
-            t0, t1 = gpu.sum_blocks(room, partial, 0, c, columns), gpu.sum_blocks(room, partial, blocks, c, columns)
+            t0, t1 = sum_blocks(room, partial, 0, c, columns), sum_blocks(room, partial, blocks, c, columns)
             if sloped:
-                t2 = gpu.sum_blocks(room, partial, 2 * blocks, c, columns)
+                t2 = sum_blocks(room, partial, 2 * blocks, c, columns)
         if here and k < cols and rows > 0:
             mu, inv_k, m = gpu.load(mean, k), gpu.load(inv_std, k), gpu.f4(rows)
             lost = lost if is_loose(mu, inv_k) else ZERO

@@ -20,6 +20,7 @@ from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.batchnorm.reference import LOOSE
 from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common.gpu import LEAST_ROWS, ROOM, THREADS, Kernel, View, kernel, strips
+from fastdl.kernels.common.sums_cuda import column_place, lay8, pick8
 from fastdl.kernels.dropout.numba_cuda import stream
 
 if not gpu.MISSING:
@@ -139,21 +140,21 @@ def merge(n_a, a, m_a, q_a, n_b, b, m_b, q_b):
 
 @gpu.point
 def merge_down(room, n, a, m, q):
-    """`moments` of a block's rows, for the column of each thread; as gpu.sum_down, in STATISTICS_ROOM."""
+    """`moments` of a block's rows, for the column of each thread; as sum_down, in STATISTICS_ROOM."""
     at, half = gpu.place(), gpu.i4(cuda.blockDim.y)
     while half > 0:
         half >>= 1
         if half <= cuda.threadIdx.y < max(1, 2 * half):  # the last time round the first row of threads
             room[3 * ROOM + at] = n
-            gpu.lay8(room, at, a)
-            gpu.lay8(room, ROOM + at, m)
-            gpu.lay8(room, 2 * ROOM + at, q)
+            lay8(room, at, a)
+            lay8(room, ROOM + at, m)
+            lay8(room, 2 * ROOM + at, q)
         gpu.sync()
         if cuda.threadIdx.y < half:
             k = at + half * cuda.blockDim.x
-            b, m_b, q_b = gpu.pick8(room, k), gpu.pick8(room, ROOM + k), gpu.pick8(room, 2 * ROOM + k)
+            b, m_b, q_b = pick8(room, k), pick8(room, ROOM + k), pick8(room, 2 * ROOM + k)
             n, a, m, q = merge(n, a, m, q, room[3 * ROOM + k], b, m_b, q_b)
-    k = gpu.column_place()
+    k = column_place()
     found = room[3 * ROOM], room[k], room[ROOM + k], room[2 * ROOM + k]
     gpu.sync()
     return found

@@ -47,6 +47,7 @@ from fastdl.kernels.batchnorm.moments_cuda import (
 )
 from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common.gpu import Kernel, Launch, Planner, View, float_type, strips
+from fastdl.kernels.common.sums_cuda import arrives_last
 from fastdl.kernels.dropout.numba_cuda import draw8, drop8
 from fastdl.kernels.registry import Impl, register
 
@@ -75,7 +76,7 @@ def statistics(
         if here:
             i, apart = cuda.blockIdx.y * columns + k, cuda.gridDim.y * columns
             partial[i], partial[i + apart], partial[i + 2 * apart], partial[i + 3 * apart] = n, a, m, q
-        if not gpu.arrives_last(counters, cuda.blockIdx.x, cuda.gridDim.y):
+        if not arrives_last(counters, cuda.blockIdx.x, cuda.gridDim.y):
             return
         n, a, m, q = merge_blocks(room, partial, c, columns)
     if here and k < cols and rows > 0:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from fastdl.errors import BackendUnavailable
-from fastdl.kernels.common.gpu import ROWS, THREADS, Kernel
+from fastdl.kernels.common.gpu import ROWS, Kernel
 
 #: Why nothing can be compiled, or None.
 MISSING = None if importlib.util.find_spec("numba_cuda") else "the package numba-cuda is not installed (extra: cuda)"
@@ -316,7 +316,7 @@ if MISSING is None:
         else:
             store_some(p, i, t, n)
 
-    # -------------------------------------------------------------------------------------- sums over rows
+    # -------------------------------------------------------------------------------------- for sums
     def _add(a, b):
         return a + b
 
@@ -326,99 +326,6 @@ if MISSING is None:
     def place():
         """This thread's number within its block."""
         return i4(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
-
-    def _lay_one(k, v, room, at):
-        room[k * THREADS + at] = v
-        return k
-
-    def _pick_one(k, room, at):
-        return room[k * THREADS + at]
-
-    _lay_each, _pick_each = each(_lay_one, 4), each(_pick_one, 3)
-
-    @_device
-    def lay8(room, at, t):
-        """A thread's eight floats into shared memory, THREADS apart so that no two lanes share a bank."""
-        _lay_each(_PLACES, t, room, at)
-
-    @_device
-    def pick8(room, at):
-        """What thread ``at`` has laid down."""
-        return _pick_each(_PLACES, room, at)
-
-    @_device
-    def column_place():
-        """Where the block's first row of threads lays down the float of the column that has this thread's number."""
-        return (place() & i4(7)) * THREADS + (place() >> i4(3))
-
-    @_device
-    def sum_down(room, t):
-        """Sums over a block's rows of threads, THREADS in all and a power of 2 down, in a fixed tree.
-
-        Each thread brings eight columns; thread k gets the sum of the block's column k, those beyond the last get
-        anything. No thread may be missing. ``room`` is cuda.shared.array(ROOM, f4), the kernel's since a call that
-        made one would make another one wherever it stands.
-        """
-        at, half = place(), cuda.blockDim.y >> 1
-        while half > 0:  # each level has places of its own: one barrier is enough
-            if half <= cuda.threadIdx.y < 2 * half:
-                lay8(room, at, t)
-            sync()
-            if cuda.threadIdx.y < half:
-                t = add8(t, pick8(room, at + half * cuda.blockDim.x))
-            half >>= 1
-        if cuda.threadIdx.y == 0:
-            lay8(room, at, t)
-        sync()
-        total = room[column_place()]
-        sync()
-        return total
-
-    @_device
-    def sum_blocks(room, partial, first, c, columns):
-        """Sums over the grid's y of partial results (blocks, columns) from row ``first`` on: as `sum_down`."""
-        t = (f4(0), f4(0), f4(0), f4(0), f4(0), f4(0), f4(0), f4(0))
-        block = cuda.threadIdx.y
-        while block < cuda.gridDim.y:
-            t = add8(t, load8(partial, (first + block) * columns + c))
-            block += cuda.blockDim.y
-        return sum_down(room, t)
-
-    @_device
-    def sum_of_block(room, v):
-        """The sum of one number a thread over a block of THREADS, in a fixed tree, for every thread.
-
-        ``room`` are as many numbers of shared memory, free again afterwards.
-        """
-        at, half = place(), THREADS >> 1
-        room[at] = v
-        while half > 0:
-            sync()
-            if at < half:
-                room[at] += room[at + half]
-            half >>= 1
-        sync()
-        total = room[0]
-        sync()
-        return total
-
-    @_device
-    def arrives_last(counters, i, blocks):
-        """Whether this block is the last of so many to get here, and so may read what all of them have written.
-
-        All threads of a block get the same answer. Once in a kernel; the counter is zero again afterwards.
-        """
-        told = cuda.shared.array(1, i4)
-        cuda.threadfence()
-        sync()
-        if place() == 0:
-            told[0] = i4(0)
-            if count_up(counters, i) == u4(blocks - 1):
-                told[0] = i4(1)
-                counters[i] = u4(0)
-        sync()
-        cuda.threadfence()
-        return told[0] != 0
 
 else:
 

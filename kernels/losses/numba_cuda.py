@@ -19,6 +19,7 @@ from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common import rows_cuda as team
 from fastdl.kernels.common.gpu import THREADS, TOTAL_ROWS, Kernel, Launch, Planner, View, float_type, kernel, spans
 from fastdl.kernels.common.numba_math import exp, log, log1p_unit
+from fastdl.kernels.common.sums_cuda import arrives_last, sum_of_block
 from fastdl.kernels.registry import Impl, register
 
 if not gpu.MISSING:
@@ -209,7 +210,7 @@ def _sum_of_weights(room, weight, rows):
     while i < rows:
         total += f8(gpu.load(weight, i))
         i += THREADS
-    return gpu.sum_of_block(room, total)
+    return sum_of_block(room, total)
 
 
 @gpu.point
@@ -218,7 +219,7 @@ def _sum_of_partials(room, partial, which, blocks):
     while i < blocks:
         total += partial[2 * i + which]
         i += THREADS
-    return gpu.sum_of_block(room, total)
+    return sum_of_block(room, total)
 
 
 def loss_kernel(name: str, row: Callable[..., Any], targets: str, registers: int = 80) -> Kernel:
@@ -253,11 +254,11 @@ def loss_kernel(name: str, row: Callable[..., Any], targets: str, registers: int
                 total += f8(value) * f8(w)
                 right += f8(1) if hit and value == value else f8(0)
             base = gpu.i4(base + gpu.row_step())
-        total, right = gpu.sum_of_block(room, total), gpu.sum_of_block(room, right)
+        total, right = sum_of_block(room, total), sum_of_block(room, right)
         if gpu.place() == 0:
             partial[2 * cuda.blockIdx.y] = total
             partial[2 * cuda.blockIdx.y + 1] = right
-        if gpu.arrives_last(counter, 0, cuda.gridDim.y):
+        if arrives_last(counter, 0, cuda.gridDim.y):
             total = _sum_of_partials(room, partial, 0, cuda.gridDim.y)
             right = _sum_of_partials(room, partial, 1, cuda.gridDim.y)
             if gpu.place() == 0:

@@ -20,6 +20,7 @@ import numpy as np
 from fastdl.kernels.common import numba_cuda as gpu
 from fastdl.kernels.common.gpu import LR, STEP, THREADS, Launch, Planner, View, float_type, kernel
 from fastdl.kernels.common.numba_math import expm1
+from fastdl.kernels.common.sums_cuda import arrives_last, sum_of_block
 from fastdl.kernels.registry import Impl, register
 
 if not gpu.MISSING:
@@ -190,15 +191,15 @@ def squared_norm(g, n, partial, counter, total, wide):
         s += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (h * h + k * k))
         i += step
     room, at = cuda.shared.array(THREADS, np.float64), gpu.place()
-    whole = gpu.sum_of_block(room, np.float64(s))
+    whole = sum_of_block(room, np.float64(s))
     if at == 0:
         partial[cuda.blockIdx.x] = whole
-    if gpu.arrives_last(counter, 0, cuda.gridDim.x):
+    if arrives_last(counter, 0, cuda.gridDim.x):
         whole, k = np.float64(0), at
         while k < cuda.gridDim.x:
             whole += partial[k]
             k += THREADS
-        whole = gpu.sum_of_block(room, whole)
+        whole = sum_of_block(room, whole)
         if at == 0:
             total[0] += whole
 
