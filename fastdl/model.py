@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fastdl import checkpoint, config, losses, optimizers
+from fastdl import checkpoint, config, describe, losses, optimizers
 from fastdl.builder import Bound, Feed
 from fastdl.callbacks import Callback
 from fastdl.errors import BackendUnavailable, ModelFileError
 from fastdl.executor import Run
 from fastdl.inputs import as_matrix, as_targets, as_weights, split_validation, whole_number
 from fastdl.kernels import dispatch
-from fastdl.kernels.common.gpu import Launch, Product
-from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.layers.base import Layer, from_config
 from fastdl.parameters import Weights
 from fastdl.program import Program
@@ -377,50 +375,13 @@ class Sequential:
         with self._lock:
             return self._ready().plan(batch_size)
 
-    def launches(self, batch_size: int, mixed: bool | None = None, library: Any = None) -> list[Launch | Product]:
-        """Every launch of this model on a GPU: training, validation, prediction and loops of the user's own.
-
-        Parameters
-        ----------
-        batch_size : int
-        mixed : bool, optional
-            Matrices of bfloat16; as the model was compiled if not given.
-        library : object, optional
-            ``has(product)`` says which products it has; none if not given.
-        """
-        with self._lock:
-            return [
-                launch
-                for e in self._ready().on_paper(batch_size, mixed, library)
-                for step in e.plan().steps
-                for launch in step.launches
-            ]
-
     def explain(self) -> str:
         """Which back end runs this model with how many threads, and why not another."""
-        runtime = self._ready()
-        threads, why = runtime.threads(self.program)
-        lines = [f"back end {runtime.backend}, {threads} thread{'s' if threads > 1 else ''} ({why})"]
-        for name in ALL_BACKENDS:
-            if name != runtime.backend:
-                reasons = runtime.refusals(name)
-                lines.append(f"  {name}: {reasons[0] if reasons else 'could run it'}")
-        return "\n".join(lines)
+        return describe.explain(self._ready(), self.program)
 
     def summary(self) -> str:
         """A table of the layers; printed and returned."""
-        builder = self._ready().builder
-        rows = [("layer", "type", "output", "parameters")]
-        for (name, layer), width in zip(self.layers, builder.outputs, strict=True):
-            sizes = [int(np.prod(s.buffer.shape)) for n, s in builder.segments.items() if n.startswith(f"{name}/")]
-            rows.append((name, type(layer).__name__, f"(N, {width})", f"{sum(sizes):,}"))
-        widths = [max(len(r[k]) for r in rows) for k in range(4)]
-        lines = [f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]:>{widths[3]}}" for r in rows]
-        total = sum(int(np.prod(s.buffer.shape)) for s in builder.segments.values())
-        lines.append(
-            f"{total:,} parameters, input (N, {builder.width}), {self._settings.dtype}, back end {self.backend}"
-        )
-        text = "\n".join(lines)
+        text = describe.summary(self.layers, self._ready())
         print(text)
         return text
 

@@ -23,6 +23,7 @@ from fastdl.program import Program
 
 if TYPE_CHECKING:
     from fastdl.cuda.executor import CudaExecutor
+    from fastdl.kernels.common.gpu import Launch, Product
 
 #: Bound Programs kept: growing batches would otherwise pile up arenas.
 KEPT = 8
@@ -275,16 +276,22 @@ class Runtime:
         feed = Feed(labels=s.loss.target_kind == "labels")
         return self.builder.train(32, feed, s.loss, s.optimizer, self.memory, self.moments, s.fuse)[0]
 
-    def on_paper(self, rows: int, mixed: bool | None = None, library: Any = None) -> Iterator[CudaExecutor]:
+    def on_paper(self, rows: int, mixed: bool, library: Any = None) -> Iterator[CudaExecutor]:
         """The model's Programs bound to a GPU that hands out addresses and no more; the training step comes first.
 
-        ``mixed`` says whether matrices are bfloat16, as the model has it if not given.
+        Parameters
+        ----------
+        rows : int
+        mixed : bool
+            Matrices of bfloat16.
+        library : object, optional
+            ``has(product)`` says which products it has; none if not given.
         """
         from fastdl.cuda.plan import Paper
 
         builder, s = self.builder, self.settings
         memory, moments = builder.memory(False, s.optimizer, Paper(library))
-        memory = memory if mixed is None else replace(memory, mixed=mixed)
+        memory = replace(memory, mixed=mixed)
         made = [builder.loop(rows, s.optimizer, memory, moments, s.fuse), builder.predict(rows, memory, s.fuse)]
         if s.loss is not None:
             feed = Feed(rows, labels=s.loss.target_kind == "labels")
@@ -294,11 +301,16 @@ class Runtime:
                 made.insert(0, builder.train(rows, given, s.loss, s.optimizer, memory, moments, s.fuse))
         return (builder.bound(program, memory, "cuda", 1).executor for program in made)
 
+    def launches(self, rows: int, mixed: bool, library: Any = None) -> list[Launch | Product]:
+        """Every launch of the model on a GPU: training, validation, prediction and loops of the user's own."""
+        executors = self.on_paper(rows, mixed, library)
+        return [launch for e in executors for step in e.plan().steps for launch in step.launches]
+
     def plan(self, rows: int) -> str:
         """The launches of a training step on a GPU, or of the user's own loop without a loss."""
         from fastdl.cuda.plan import described
 
-        executor = next(self.on_paper(rows))
+        executor = next(self.on_paper(rows, self.builder.mixed))
         plan = executor.plan()
         scratch = sum(v.nbytes for v in plan.planner.scratches)
         return described(executor.program, plan.steps, scratch)

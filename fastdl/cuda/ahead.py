@@ -47,9 +47,9 @@ def _of_nets() -> Iterator[Launch | Product]:
         nets += [(small, loss, by, True) for loss, by in itertools.product(losses.KNOWN, ("sgd", "adamw", moving))]
         for stack, loss, by, fuse in nets:
             net = Sequential(stack, seed=0).compile(loss, by, backend="numpy", fuse=fuse).build(width)
-            yield from net.launches(rows)
+            yield from net._runtime.launches(rows, mixed=False)
             if fuse:
-                yield from net.launches(rows, mixed=True, library=_Plain())
+                yield from net._runtime.launches(rows, mixed=True, library=_Plain())
 
 
 def _of_calls() -> Iterator[Launch]:
