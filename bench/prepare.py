@@ -12,9 +12,9 @@ import numpy as np
 
 import fastdl as fd
 from bench.cases import NETS, RUNTIME, SHAPES, Case, ChainCase, NetCase, OpCase, sizes, without
-from fastdl.executor import Run
 from fastdl.kernels import dispatch
 from fastdl.kernels.registry import Impl, OpSpec, Tolerance
+from fastdl.run.executor import Run
 
 DTYPE = np.dtype(np.float32)  # speed is promised for float32
 #: Share of elements that may miss the tolerance behind a fused activation: at a kink, the last bit of the batch

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from fastdl.executor import Executor, Memory, bind
 from fastdl.fuse import fuse
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
 from fastdl.losses import Loss
 from fastdl.optimizers import Optimizer
-from fastdl.parameters import Arena, Segment, aligned
-from fastdl.program import Buffer, Call, Program
+from fastdl.program import Buffer, Call, Program, Segment
+from fastdl.run.arena import Arena, aligned
+from fastdl.run.bind import bind
+from fastdl.run.executor import Executor
+from fastdl.run.storage import Memory
 from fastdl.trace import Trace
 
 #: Elements between the starts of two parameters on a GPU: a line of 128 bytes, of a bfloat16 copy too.

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 import fastdl as fd
-from fastdl import checkpoint, data, layers, optimizers
+from fastdl import data, layers, optimizers
 from fastdl.data.preprocessing import TASKS, Column
 from fastdl.data.table import listed
 from fastdl.errors import DataError, FastdlError
 from fastdl.kernels import dispatch
+from fastdl.run import checkpoint
 
 #: The held-out rows are the same for every seed of the training.
 SPLIT_SEED = 0

@@ -12,7 +12,7 @@ from fastdl.program import Program
 
 if TYPE_CHECKING:
     from fastdl.layers import Layer
-    from fastdl.runtime import Runtime
+    from fastdl.run.runtime import Runtime
 
 
 def explain(runtime: Runtime, program: Program) -> str:

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from fastdl import checkpoint, config, describe, losses, optimizers
+from fastdl import config, describe, losses, optimizers
 from fastdl.builder import Bound, Feed
 from fastdl.callbacks import Callback
 from fastdl.errors import BackendUnavailable, ModelFileError
-from fastdl.executor import Run
 from fastdl.inputs import as_matrix, as_targets, as_weights, split_validation, whole_number
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer, from_config
-from fastdl.parameters import Weights
 from fastdl.program import Program
-from fastdl.runtime import Runtime, Settings
-from fastdl.trainer import evaluate_batches, train
+from fastdl.run import checkpoint
+from fastdl.run.arena import Weights
+from fastdl.run.executor import Run
+from fastdl.run.runtime import Runtime, Settings
+from fastdl.run.trainer import evaluate_batches, train
 
 DTYPES = ("float32", "float64", dispatch.MIXED)
 

@@ -1,7 +1,7 @@
 """The Program: a flat list of kernel calls on named buffers, the same for every back end.
 
 A model is traced once over a maximum batch size (`fastdl.trace`), rewritten by `fastdl.fuse`, and bound to a back end
-(`fastdl.executor`). ``print(program)`` lists every call with shapes, bytes and flops: what is profiled is what runs.
+(`fastdl.run`). ``print(program)`` lists every call with shapes, bytes and flops: what is profiled is what runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdl.initializers import Initializer
 from fastdl.kernels import registry
 
 #: Phases in the order in which they run.
@@ -51,6 +52,19 @@ class Buffer:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One parameter (or running statistic) of a model."""
+
+    buffer: Buffer
+    initializer: Initializer
+    decay: bool
+
+    @property
+    def name(self) -> str:
+        return self.buffer.name
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,7 @@ from typing import Any
 
 from fastdl.initializers import Initializer
 from fastdl.kernels import registry
-from fastdl.parameters import Segment
-from fastdl.program import Buffer, Call
+from fastdl.program import Buffer, Call, Segment
 
 
 class Trace:

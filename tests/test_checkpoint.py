@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fastdl import checkpoint
 from fastdl.errors import FastdlError, ModelFileError
+from fastdl.run import checkpoint
 
 DESCRIPTION = {"layers": [{"type": "Dense", "units": 3}], "seed": 7, "nothing": None}
 

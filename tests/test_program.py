@@ -10,9 +10,9 @@ import pytest
 import fastdl as fd
 from fastdl import layers
 from fastdl.builder import Feed
-from fastdl.executor import plan_arena, stored_size
 from fastdl.kernels import dispatch
 from fastdl.kernels.activations.reference import ACTIVATIONS
+from fastdl.run.storage import plan_arena, stored_size
 
 BACKENDS = [name for name, state in fd.backends().items() if state == "available"]
 ACTIVATION_NAMES = [n for n, info in ACTIVATIONS.items() if not info.row_op]

@@ -18,10 +18,11 @@ import numpy as np
 from fastdl.cuda.mirror import Pool, on_host
 from fastdl.cuda.plan import Step, steps_of
 from fastdl.errors import BackendUnavailable
-from fastdl.executor import Executor, Memory, Run
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.common.gpu import Launch, Planner, View, run_block
 from fastdl.program import PHASES, Buffer, Call, Program
+from fastdl.run.executor import Executor, Run
+from fastdl.run.storage import Memory
 
 #: Plans kept, each with its graphs: arrays of the caller's at new addresses ask for new ones.
 KEPT = 16

@@ -113,5 +113,5 @@ def _root(array: np.ndarray) -> np.ndarray:
 
 
 def _lead(host: int) -> int:
-    """Bytes before the first element: arenas start at a cache line (`fastdl.parameters.aligned`)."""
+    """Bytes before the first element: arenas start at a cache line (`fastdl.run.arena.aligned`)."""
     return -host % LINE

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdl.builder import Bound
 from fastdl.callbacks import Callback
-from fastdl.executor import Executor, Run
+from fastdl.run.executor import Executor, Run
 
 if TYPE_CHECKING:
     from fastdl.model import Sequential

@@ -8,15 +8,13 @@ a GPU every segment starts at a multiple of 128 bytes; the padding is zero in ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastdl.initializers import Initializer
 from fastdl.kernels.engine import panels
 from fastdl.kernels.engine.panels import Panels
-from fastdl.program import Buffer
+from fastdl.program import Segment
 
 
 def aligned(size: int, dtype: Any, fill: float = 0) -> np.ndarray:
@@ -27,19 +25,6 @@ def aligned(size: int, dtype: Any, fill: float = 0) -> np.ndarray:
     out = raw[start : start + size * dtype.itemsize].view(dtype)
     out[...] = fill
     return out
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One parameter (or running statistic) of a model."""
-
-    buffer: Buffer
-    initializer: Initializer
-    decay: bool
-
-    @property
-    def name(self) -> str:
-        return self.buffer.name
 
 
 class Arena:

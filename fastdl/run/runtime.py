@@ -11,15 +11,16 @@ import numpy as np
 from fastdl import config
 from fastdl.builder import Bound, Builder, Feed
 from fastdl.errors import BackendUnavailable
-from fastdl.executor import Memory, Run
 from fastdl.kernels import dispatch
 from fastdl.kernels.common import driver, philox
 from fastdl.kernels.registry import BACKENDS
 from fastdl.layers.base import Layer
 from fastdl.losses import Loss
 from fastdl.optimizers import Optimizer
-from fastdl.parameters import Weights
 from fastdl.program import Program
+from fastdl.run.arena import Weights
+from fastdl.run.executor import Run
+from fastdl.run.storage import Memory
 
 if TYPE_CHECKING:
     from fastdl.cuda.executor import CudaExecutor

@@ -1,0 +1,150 @@
+"""A Program bound to a back end: what every executor has, whoever runs the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdl.errors import BackendUnavailable
+from fastdl.kernels import dispatch, registry
+from fastdl.kernels.engine import panels
+from fastdl.kernels.engine.panels import Panels
+from fastdl.program import Buffer, Call, Program
+from fastdl.run.arena import aligned
+from fastdl.run.storage import Memory, dtype_of, panel_rows, plan_arena, stored_size
+
+
+@dataclass
+class Run:
+    """The run-time block: what changes from step to step."""
+
+    rows: int
+    step: int = 0
+    epoch: int = 0
+    first_row: int = 0
+    total_rows: int = 0
+    offset: int = 0
+    lr: float = 0.0
+
+
+class Executor(ABC):
+    """Storage of a bound Program.
+
+    Parameters
+    ----------
+    program : Program
+    memory : Memory
+        Arenas shared with the model's other Programs.
+    backend : str
+    threads : int
+    keep : iterable of Buffer
+        Batch buffers that are read from outside after a run.
+    """
+
+    def __init__(
+        self, program: Program, memory: Memory, backend: str, threads: int, keep: Iterable[Buffer] = ()
+    ) -> None:
+        self.program, self.memory, self.backend, self.threads = program, memory, backend, threads
+        self.ranges, size = plan_arena(program, self.size_of, keep)
+        self.arena = self._storage(size)
+        self._cells: dict[Buffer, np.ndarray] = {}
+        self._slots: dict[Buffer, np.ndarray | None] = {}
+        self.stats = next((c.buffers["stats"] for c in program.calls if c.buffers.get("stats")), None)
+        self.totals = np.zeros(3)
+        self.impls = [self._choose(call) for call in program.calls]
+
+    def _storage(self, size: int) -> Any:
+        """Memory for the batch buffers."""
+        return aligned(size, np.uint8)
+
+    def size_of(self, buffer: Buffer) -> int:
+        """Bytes of a batch buffer."""
+        return stored_size(buffer, self.program.rows, self.memory) * dtype_of(buffer, self.memory).itemsize
+
+    def _choose(self, call: Call) -> registry.Impl:
+        found = dispatch.candidate(call.op, self.backend, (), call.params)
+        if isinstance(found, str):
+            raise BackendUnavailable(f"back end {self.backend!r} cannot run {call.op}: {found}")
+        return found
+
+    def stored(self, buffer: Buffer) -> np.ndarray | Panels | None:
+        """The memory of a buffer as the kernels see it, for the maximum number of rows."""
+        memory = self.memory
+        if buffer.kind == "parameter":
+            return memory.parameters.view(buffer.name)
+        if buffer.kind == "gradient":
+            return memory.parameters.view(buffer.name.removeprefix("d "), memory.gradients)
+        if buffer.kind == "state":
+            return memory.states.view(buffer.name)
+        if buffer.kind == "flat":
+            return memory.flats[buffer]
+        if buffer.kind == "slot":
+            return self._slots.get(buffer)
+        if buffer.kind == "folded":
+            if buffer.name not in memory.folded:
+                memory.folded[buffer.name] = memory.parameters.blank(buffer.shape)
+            return memory.folded[buffer.name]
+        dtype = dtype_of(buffer, memory)
+        if buffer.kind == "cell":
+            if buffer not in self._cells:
+                size = int(np.prod(buffer.shape))
+                padded = panels.count(size) * panels.WIDTH if memory.panel_layout else size
+                self._cells[buffer] = aligned(padded, dtype)[:size].reshape(buffer.shape)
+            return self._cells[buffer]
+        rows, (start, _) = self.program.rows, self.ranges[buffer]
+        size = stored_size(buffer, rows, memory)
+        flat = self.arena[start : start + size * dtype.itemsize].view(dtype)
+        if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
+            return Panels(flat.reshape(-1, panel_rows(rows), panels.WIDTH), buffer.shape[0])
+        return flat.reshape(rows, *buffer.shape)
+
+    def read(self, buffer: Buffer, rows: int) -> np.ndarray:
+        """A copy of a buffer in plain layout."""
+        stored = self.stored(buffer)
+        if isinstance(stored, Panels):
+            return Panels(stored.data, stored.cols, rows).unpack()
+        return stored[:rows].copy() if buffer.kind == "batch" else stored.copy()
+
+    def span(self, *phases: str) -> tuple[int, int]:
+        """Positions [first, last) of the calls of some phases (they stand together)."""
+        chosen = [k for k, c in enumerate(self.program.calls) if c.phase in phases]
+        return (chosen[0], chosen[-1] + 1) if chosen else (0, 0)
+
+    def slot(self, buffer: Buffer, array: np.ndarray | None) -> None:
+        """Bind one of the caller's arrays; None lets go of it until the next run has another."""
+        self._slots[buffer] = array
+
+    def single(self, x: Buffer, targets: Buffer) -> Any:
+        """A quick way in for batches that need no conversion (engine's `SingleStep`), or None."""
+        return None
+
+    def direct(self, x: Buffer, y: Buffer) -> Callable[[Any], np.ndarray | None] | None:
+        """A shorter way from an array for slot ``x`` to a new one for slot ``y``, where there is one.
+
+        Both slots have been bound to contiguous arrays before. Called with anything but a contiguous matrix of the
+        model's dtype and width, of no more rows than the Program has, it returns None and has done nothing.
+        """
+        return None
+
+    @abstractmethod
+    def run(self, run: Run, *phases: str) -> None:
+        """Run the calls of some phases once, all of them if none is named."""
+
+    #: How many times the steps of a slice the next one may have, where a call can come back before its work is done.
+    growth = math.inf
+
+    @contextlib.contextmanager
+    def epoch(self, run: Run, count: int, batch: int) -> Iterator[None]:
+        """Around the `steps` of one epoch; ``totals`` is whole when it is left."""
+        self.totals[:] = 0
+        yield
+
+    @abstractmethod
+    def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
+        """Run ``steps`` batches from row ``run.offset`` of the epoch on; ``totals`` adds up loss, rows, correct."""
