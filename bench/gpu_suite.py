@@ -97,9 +97,9 @@ def correctness() -> Iterator[Result]:
     suites = {
         "ops against the reference": ["tests/contract/test_matches_reference.py", "-k", "cuda"],
         "special values, arguments": ["tests/contract/test_special_values.py", "-k", "cuda"],
-        "whole steps and epochs": ["tests/test_cuda_training.py", "-k", "not interpreted"],
-        "drift and masks": ["tests/test_training_drift.py"],
-        "products of cuBLASLt": ["tests/test_cublaslt.py"],
+        "whole steps and epochs": ["tests/cuda/test_training.py", "-k", "not interpreted"],
+        "drift and masks": ["tests/api/test_training_drift.py"],
+        "products of cuBLASLt": ["tests/cuda/test_cublaslt.py"],
     }
     for name, arguments in suites.items():
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
