@@ -135,7 +135,7 @@ class Sequential(Net):
                 runtime = self._built(builder)
                 batch = min(batch_size, X.shape[0])
                 executor, bound = runtime.working().epochs(X, targets, weight, batch, shuffle)
-                runtime.busy += 1
+                self._training.depth += 1
             try:
                 for callback in callbacks:
                     callback.model = self
@@ -144,7 +144,7 @@ class Sequential(Net):
                 return trainer.run(epochs, evaluate, callbacks, verbose)
             finally:
                 with self._lock:
-                    runtime.busy -= 1
+                    self._training.depth -= 1
                     bound.let_go()
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -261,7 +261,7 @@ class Sequential(Net):
     def predict(self, X: Any) -> np.ndarray:
         """Output of the last layer for every row, (N, O): logits where the loss takes logits."""
         runtime = self._runtime
-        if runtime is not None and not runtime.busy:
+        if runtime is not None and not self._training.depth:
             with self._lock.quick:
                 out = runtime.predict_direct(X)
             if out is not None:

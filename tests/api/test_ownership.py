@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -428,3 +431,47 @@ def test_layers_and_their_names() -> None:
     assert made.layer("dense_1") is made.layers[-1]
     with pytest.raises(KeyError, match="dense_0"):
         made.layer("dense_2")
+
+
+FORK = """
+import os, signal, sys, threading, time
+import numpy as np
+import fastdl as fd
+from fastdl import layers
+X, y = np.random.default_rng(0).standard_normal((400, 20)).astype("f4"), np.arange(400) % 3
+net = fd.Sequential([layers.Dense(64), layers.ReLU(), layers.Dropout(0.1), layers.Dense(3)])
+net.compile("softmax_cross_entropy", backend=sys.argv[1], threads=2).build(20)
+done = []
+
+class Until(fd.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs):
+        self.model.stop_training = bool(done)
+
+trainer = threading.Thread(target=lambda: net.fit(X, y, 16, epochs=10**6, callbacks=[Until()], verbose=0))
+trainer.start()
+while net.step < 20:
+    time.sleep(0.01)
+children = []
+for _ in range(8):
+    time.sleep(0.013)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(60)  # a child that hangs is killed
+        net.predict(X[:10]), net.evaluate(X, y), net.get_state(), net.explain()
+        net.compile("softmax_cross_entropy", backend=sys.argv[1])
+        net.fit(X, y, 16, verbose=0)
+        os._exit(0)
+    children.append(pid)
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+done.append(True)
+trainer.join()
+print(codes)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@pytest.mark.parametrize("exact", EXACT)
+def test_a_child_forked_while_another_thread_trains_uses_the_net(exact: str) -> None:
+    """Its locks are fresh: the thread that held them is not there. Nothing trains in it."""
+    run = subprocess.run([sys.executable, "-c", FORK, exact], capture_output=True, text=True, timeout=200)
+    assert run.stdout.strip() == str([0] * 8), run.stderr
