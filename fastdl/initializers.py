@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from fastdl import checks
+
+_DEVIATION = checks.Range("a deviation >= 0", 0.0)
 
 #: (op of the random family or None, its parameters, the value when there is no op)
 Call = tuple[str | None, dict[str, float], float | None]
@@ -29,12 +32,9 @@ class Initializer(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{type(self).__name__}({field.name}=...): expected a finite number, found {value!r}")
-            if field.name == "std" and value < 0:
-                raise ValueError(f"{type(self).__name__}(std=...): expected a deviation >= 0, found {value!r}")
-            object.__setattr__(self, field.name, float(value))
+            allowed = _DEVIATION if field.name == "std" else checks.FINITE
+            value = allowed.check(getattr(self, field.name), f"{type(self).__name__}({field.name}=...)")
+            object.__setattr__(self, field.name, value)
 
     @abstractmethod
     def call(self, shape: Sequence[int]) -> Call:
@@ -216,9 +216,7 @@ def get(initializer: str | float | Initializer) -> Initializer:
     """An initialiser by name (with its defaults), a number as a constant, or the instance that was given."""
     if isinstance(initializer, Initializer):
         return initializer
-    if isinstance(initializer, numbers.Real) and not isinstance(initializer, bool):
-        return Constant(initializer)
-    return _find(initializer)()
+    return Constant(initializer) if hasattr(initializer, "__float__") else _find(initializer)()
 
 
 def from_config(config: Mapping[str, Any]) -> Initializer:

@@ -9,12 +9,12 @@ SGD(lr=0.1, momentum=0.9, nesterov=False, l2=0.0, weight_decay=0.0, clip_norm=No
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from fastdl import checks
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,10 @@ class Optimizer(ABC):
     def _checked(self, field: str, value: Any) -> Any:
         who = f"{type(self).__name__}({field}=...)"
         if field == "nesterov":
-            if not isinstance(value, bool):
-                raise ValueError(f"{who}: expected True or False, found {value!r}")
-            return value
+            return checks.flag(value, who)
         if field == "clip_norm" and value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"{who}: expected a number, found {value!r}")
-        value = float(value)
-        low, high, text = _RANGES[field]
-        if not math.isfinite(value) or not (low < value if field in _OPEN else low <= value) or not value < high:
-            raise ValueError(f"{who}: expected {text}, found {value!r}")
-        return value
+        return checks.OPTIMIZER[field].check(value, who)
 
     @property
     @abstractmethod
@@ -60,17 +52,9 @@ class Optimizer(ABC):
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "lr": (0.0, math.inf, "a finite learning rate >= 0"),
-    "momentum": (0.0, 1.0, "a momentum in [0, 1)"),
-    "beta1": (0.0, 1.0, "a decay in [0, 1)"),
-    "beta2": (0.0, 1.0, "a decay in [0, 1)"),
-    "eps": (0.0, math.inf, "a finite number > 0"),
-    "l2": (0.0, math.inf, "a finite number >= 0"),
-    "weight_decay": (0.0, math.inf, "a finite number >= 0"),
-    "clip_norm": (0.0, math.inf, "a finite norm > 0, or None for no clipping"),
-}
-_OPEN = ("eps", "clip_norm")  # zero is refused
+def check_lr(value: Any) -> float:
+    """A learning rate as Python's float: finite and not negative."""
+    return checks.LEARNING_RATE.check(value, "lr")
 
 
 @dataclass(frozen=True)
@@ -144,7 +128,8 @@ class Adam(Optimizer):
     beta1, beta2 : float
         Weights of the old mean and mean square, in [0, 1).
     eps : float
-        Added to the root.
+        Added to the root; at least the smallest normal number of the model's dtype (1.2e-38 in float32). A smaller one
+        rounds to 0, and a weight without a gradient would become 0 / 0.
     l2 : float
         Adds l2 * w to the gradient; not on biases, batch norm, PReLU. For decay apart from the gradient see `AdamW`.
     clip_norm : float, optional
@@ -209,11 +194,6 @@ class AdamW(Optimizer):
             "l2": 0.0,
             "weight_decay": self.weight_decay,
         }
-
-
-def check_lr(value: Any) -> float:
-    """A learning rate, or a ValueError that says what was expected."""
-    return SGD(lr=value).lr
 
 
 _KNOWN: dict[str, type[Optimizer]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}
