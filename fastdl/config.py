@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fastdl import checks
 from fastdl.kernels.registry import ALL_BACKENDS
 
 NAMES = ("auto", *ALL_BACKENDS)
@@ -63,9 +64,10 @@ def check_backend(name: object, where: str = "backend") -> str:
 
 
 def check_threads(threads: object, where: str = "threads") -> int:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    number = checks.index(threads)
+    if number is None or number < 1:
         raise ValueError(f"{where}: expected 'auto' or an integer of at least 1, found {threads!r}")
-    return threads
+    return number
 
 
 @contextlib.contextmanager
