@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastdl import ops
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.engine.panels import Panels, pack
