@@ -143,7 +143,10 @@ class Sequential(Net):
                     bound.let_go()
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """One training step; returns the batch's mean loss before the update."""
+        """One training step; returns the batch's mean loss before the update.
+
+        Values of X are not looked at, as `fit` does: NaN there makes the loss and the parameters NaN.
+        """
         with self._training.quick, self._lock.quick:
             state, runtime = self._state, self._runtime
             quick = None if runtime is None or sample_weight is not None else runtime.quick()

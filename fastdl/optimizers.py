@@ -1,4 +1,4 @@
-"""Optimisers: frozen descriptions of an update rule. The arithmetic is in ``fastdl/kernels/optimizers``.
+"""Optimisers: descriptions of an update rule. The arithmetic is in ``fastdl/kernels/optimizers``.
 
 >>> SGD(lr=0.1, momentum=0.9)
 SGD(lr=0.1, momentum=0.9, nesterov=False, l2=0.0, weight_decay=0.0, clip_norm=None)
@@ -9,16 +9,17 @@ SGD(lr=0.1, momentum=0.9, nesterov=False, l2=0.0, weight_decay=0.0, clip_norm=No
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastdl import checks
+from fastdl.described import Described
 
 
-@dataclass(frozen=True)
-class Optimizer(ABC):
+@dataclass(unsafe_hash=True)
+class Optimizer(Described):
     """What every optimiser tells: the op of its sweep, the state arrays that the op keeps, and the op's parameters."""
 
     #: public name, as in ``compile(optimizer="adam")``
@@ -28,7 +29,7 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, self._checked(field.name, getattr(self, field.name)))
+            setattr(self, field.name, self._checked(field.name, getattr(self, field.name)))
 
     def _checked(self, field: str, value: Any) -> Any:
         who = f"{type(self).__name__}({field}=...)"
@@ -37,6 +38,11 @@ class Optimizer(ABC):
         if field == "clip_norm" and value is None:
             return None
         return checks.OPTIMIZER[field].check(value, who)
+
+    def _instead(self, name: str, value: Any) -> str:
+        if name == "lr":
+            return f"assign to the net, net.lr = {value!r}"
+        return f"compile again, with dataclasses.replace(optimizer, {name}={value!r})"
 
     @property
     @abstractmethod
@@ -57,7 +63,7 @@ def check_lr(value: Any) -> float:
     return checks.LEARNING_RATE.check(value, "lr")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum.
 
@@ -113,7 +119,7 @@ class SGD(Optimizer):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Adam(Optimizer):
     """Adam: step along the mean gradient, divided by its root mean square.
 
@@ -157,7 +163,7 @@ class Adam(Optimizer):
         return {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "l2": self.l2, "weight_decay": 0.0}
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class AdamW(Optimizer):
     """Adam with decoupled weight decay: w <- (1 - lr weight_decay) w, then Adam's step.
 

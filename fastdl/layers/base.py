@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from fastdl import initializers
+from fastdl.described import Described
 from fastdl.program import Buffer
 from fastdl.trace import Trace
 
@@ -13,34 +14,16 @@ from fastdl.trace import Trace
 CLASSES: dict[str, type[Layer]] = {}
 
 
-class _Sealing(type):
-    """Seals what is made, once ``__post_init__`` is done with it. A frozen dataclass would ask that of subclasses."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        layer = super().__call__(*args, **kwargs)
-        layer.__dict__["_sealed"] = True
-        return layer
-
-
 @dataclasses.dataclass(eq=False)
-class Layer(metaclass=_Sealing):
+class Layer(Described):
     """Base of all layers.
 
     A subclass is a dataclass of its settings and has a method ``trace(t, x, name) -> y`` that names parameters and
-    calls through the `Trace` ``t``. Settings are fixed when the layer is made: they are bound into Programs, which a
-    later change would not reach.
+    calls through the `Trace` ``t``. Settings are fixed when the layer is made.
     """
 
     #: Prefix of the layer's name in a model: ``dense`` gives ``dense_0``, ``dense_1``, ...
     prefix: ClassVar[str] = "layer"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self).__dataclass_fields__ and "_sealed" in self.__dict__:
-            raise dataclasses.FrozenInstanceError(
-                f"{type(self).__name__}.{name}: a layer's settings are fixed when it is made, found an assignment of "
-                f"{value!r}; make a new net with dataclasses.replace(layer, {name}={value!r})"
-            )
-        super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -341,6 +341,10 @@ import sys, numpy as np, fastdl as fd
 net = fd.Sequential([fd.layers.Dense(2)]).compile("softmax_cross_entropy", backend="numpy")
 net.fit(((1.0, 2.0), (3.0, 4.0)), (0, 1), verbose=0)
 net.predict([(1.0, 2.0)]); net.predict(memoryview(np.ones((1, 2)))); net.evaluate([[1, 2]], [1], [1.0])
+class Tensor:
+    def __dlpack_device__(self): return 1, 0
+    def __array__(self, dtype=None, copy=None): return np.ones((1, 2))
+net.predict(Tensor())
 print([name for name in sys.modules if name.startswith("fastdl.cuda")])
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

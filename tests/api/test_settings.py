@@ -77,8 +77,11 @@ def test_settings_of_a_layer_are_fixed(name: str) -> None:
     for twin in (layer, copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         for field in dataclasses.fields(twin):
             before = getattr(twin, field.name)
-            with pytest.raises(AttributeError, match=rf"{name}.{field.name}: .*fixed when it is made.*replace"):
+            with pytest.raises(AttributeError, match=rf"{name}.{field.name}: .*fixed when they are made.*replace"):
                 setattr(twin, field.name, before)
+            with pytest.raises(AttributeError, match=rf"{name}.{field.name}: .*cannot be deleted"):
+                delattr(twin, field.name)
+            assert getattr(twin, field.name) == before
         twin.note = "attributes of one's own are free"
 
 
@@ -114,6 +117,20 @@ def test_optimizers_take_numbers_of_any_type(rule, kind, tmp_path) -> None:
     net.lr = kind(0.5)
     assert type(net.lr) is float
     assert net.lr == 0.5
+
+
+def test_settings_of_optimizers_and_initializers_are_fixed() -> None:
+    rule = optimizers.Adam(1e-3)
+    with pytest.raises(AttributeError, match=r"Adam\.lr: .*found an assignment of 0\.1; .*net\.lr = 0\.1"):
+        rule.lr = 0.1
+    with pytest.raises(AttributeError, match=r"Adam\.eps: .*compile again, with dataclasses\.replace"):
+        rule.eps = 0.1
+    with pytest.raises(AttributeError, match=r"Normal\.std: .*fixed when they are made"):
+        initializers.Normal().std = 1.0
+    for made in (rule, initializers.Normal(std=2)):
+        assert made == copy.deepcopy(made) == pickle.loads(pickle.dumps(made))
+        assert hash(made) == hash(copy.deepcopy(made))
+        assert made != dataclasses.replace(made, **{dataclasses.fields(made)[0].name: 0.5})
 
 
 @pytest.mark.parametrize("kind", REALS)
