@@ -256,8 +256,6 @@ def _worst(weight: np.ndarray) -> str:
 # ---------------------------------------------------------------------------------------------- numbers
 def index(value: Any) -> int | None:
     """A whole number of any integer type as Python's int; None for all else, True and False included."""
-    if type(value) is int:
-        return value
     if isinstance(value, bool):
         return None
     try:

@@ -64,7 +64,7 @@ def check_backend(name: object, where: str = "backend") -> str:
 
 
 def check_threads(threads: object, where: str = "threads") -> int:
-    number = checks.index(threads)
+    number = threads if type(threads) is int else checks.index(threads)  # every step of a net asks
     if number is None or number < 1:
         raise ValueError(f"{where}: expected 'auto' or an integer of at least 1, found {threads!r}")
     return number

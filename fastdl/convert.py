@@ -5,6 +5,7 @@ Nothing is imported for it: frames, tensors and sparse matrices are told by what
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, NoReturn
 
@@ -144,8 +145,9 @@ def _column(series: Any, what: str, advice: str) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------- values
 def _adds_up(array: np.ndarray) -> bool:
-    """Whether the sum is finite, so that all values are. `numpy.einsum` takes 0.4 of the time of ``sum`` and no room."""
-    return bool(np.isfinite(np.einsum("i->", array.reshape(-1))))
+    """Whether the sum is finite, so that all values are: `numpy.einsum` takes 0.4 of the time of `numpy.sum`, raises no
+    floating-point errors, and needs no room."""
+    return math.isfinite(np.einsum("i->", array.reshape(-1)))
 
 
 def cast(array: np.ndarray, dtype: Any, name: str, source: Any = None) -> np.ndarray:
@@ -172,9 +174,8 @@ def cast(array: np.ndarray, dtype: Any, name: str, source: Any = None) -> np.nda
 
 def finite(array: np.ndarray, name: str, source: Any = None) -> None:
     """Refuse NaN and infinities, naming the first."""
-    with np.errstate(all="ignore"):
-        if _adds_up(array):
-            return
+    if _adds_up(array):
+        return
     bad = ~np.isfinite(array)
     if bad.any():
         first = _first(array, bad, source)
