@@ -69,6 +69,8 @@ ODD = {
     "sparse": (Sparse(), ["sparse Sparse of shape (6, 6)", "toarray"]),
     "tensor": (Tensor(), ["tensor", "requires grad", "detach().float().cpu().numpy()"]),
     "ragged": ([[1.0, 2.0], [3.0]], ["rows of different lengths", "(2,) in row 0", "(1,) in row 1"]),
+    "ragged within": ([[[1.0], [2.0, 3.0]], [[1.0], [2.0]]], ["rows of different lengths"]),
+    "tensors in a list": ([Tensor(), Tensor()], ["list, which NumPy cannot read", "requires grad"]),
     "ragged tuple": (((1.0, 2.0), 3.0), ["rows of different lengths"]),
     "None": (None, ["found None"]),
     "dict": ({"a": [1, 2]}, ["found dict"]),
@@ -317,6 +319,11 @@ def test_polars() -> None:
     small().fit(frame, pl.Series(Y), verbose=0)
     odd = frame.with_columns(pl.Series("word", ["x"] * 90))
     refused(lambda: small().fit(odd, Y), TypeError, "X: column 'word'")
+
+
+def test_polars_plans_are_named() -> None:
+    pl = pytest.importorskip("polars")
+    refused(lambda: small().fit(pl.LazyFrame({"a": A}), Y), TypeError, "X: ", "LazyFrame")
 
 
 def test_scipy() -> None:

@@ -272,6 +272,20 @@ def test_optimizer_ops_take_numbers_of_any_type(backend: str) -> None:
         fd.ops.adam_step(w, g, m, v, 2.0)
 
 
+@pytest.mark.parametrize("bad", [*NO_NUMBERS[1:], 1e39], ids=repr)
+def test_alpha_of_ops(bad) -> None:
+    x, vectors = np.ones((3, 2), np.float32), [np.ones(2, np.float32) for _ in range(4)]
+    for call in (
+        lambda: fd.ops.leaky_relu_forward(x, bad),
+        lambda: fd.ops.elu_forward(x, alpha=bad),
+        lambda: fd.ops.dense_forward(x, np.ones((2, 2), np.float32), activation="elu", alpha=bad),
+        lambda: fd.ops.batchnorm_forward(x, *vectors, activation="leaky_relu", alpha=bad),
+    ):
+        with pytest.raises(ValueError, match="alpha: expected"):
+            call()
+    assert all((v == 1).all() for v in vectors)
+
+
 @pytest.mark.parametrize("bad", [*NO_NUMBERS, 0.0, 1e-46], ids=repr)
 def test_eps_and_decay_of_batch_normalisation_ops(bad) -> None:
     x, vectors = np.ones((3, 2), np.float32), [np.ones(2, np.float32) for _ in range(4)]
