@@ -192,7 +192,7 @@ class Builder:
             buffers = {
                 "w": flat(f"{group}", arena.values, first, last),
                 "g": flat(f"d {group}", memory.gradients, first, last),
-                "scale": scale,
+                "clip": scale,
                 **{name: flat(f"{name} {group}", values, first, last) for name, values in moments.items()},
             }
             calls.append(Call(optimizer.op, buffers, params, "update"))

@@ -229,7 +229,7 @@ class Sequential:
         """One training step; returns the batch's mean loss before the update."""
         with self._lock:
             quick = None if self._runtime is None or sample_weight is not None else self._runtime.quick()
-            loss = None if quick is None else quick.run(X, y, self.step, self.epoch, self.lr)
+            loss = None if quick is None else quick.run(X, y, self.step, self.epoch, self.step, self.lr)
             if loss is not None:
                 self.step += 1
                 return loss
@@ -238,7 +238,7 @@ class Sequential:
             bound = self._runtime.train(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
             bound.feed(X, targets, weight)
             executor = bound.executor
-            executor.run(Run(rows=rows, step=self.step, epoch=self.epoch, total_rows=rows, lr=self.lr))
+            executor.run(Run(rows, self.step, self.epoch, total_rows=rows, update=self.step, lr=self.lr))
             self.step += 1
             if weight is None:
                 self._runtime.keep_quick(bound)
@@ -301,7 +301,7 @@ class Sequential:
             raise ValueError("the model has no optimiser yet: call compile(optimizer=...) first")
         with self._lock:
             bound, rows = self._last_pass()
-            bound.executor.run(Run(rows=rows, step=self.step, lr=self.lr), "update")
+            bound.executor.run(Run(rows=rows, step=self.step, update=self.step, lr=self.lr), "update")
             self.step += 1
 
     # ------------------------------------------------------------------ inference

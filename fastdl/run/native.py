@@ -107,13 +107,15 @@ class NativeExecutor(Executor):
     def run(self, run: Run, *phases: str) -> None:
         native = self.native
         first, last = self._heads(phases or PHASES)
-        native.run(first, last, run.rows, run.step, run.epoch, run.first_row, run.total_rows, run.lr, run.offset)
+        native.run(first, last, **vars(run))
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         native = self.native
         first, last = self._heads(PHASES)
         try:  # a signal is raised as soon as the engine returns: the steps are done all the same
-            native.steps(first, last, count, batch, run.offset, steps, run.step, run.epoch, run.lr)
+            where = run.step, run.epoch, run.offset, run.update
+            native.steps(first, last, count, batch, steps, *where, run.lr, run.scale)
         finally:
             run.step += steps
+            run.update += steps
             run.offset = min(count, run.offset + steps * batch)

@@ -78,7 +78,7 @@ class PythonExecutor(Executor):
             for _ in range(steps):
                 run.rows = run.total_rows = min(batch, count - run.offset)
                 self._go(first, last, run)
-                stats = self.stored(self.stats)
-                self.totals += (stats[0] * run.rows, run.rows, stats[2])
+                self.add_up(run)
                 run.offset += run.rows
                 run.step += 1
+                run.update += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,8 @@ def train(
 ) -> dict[str, list[float]]:
     """Run epochs until they are done or a callback sets ``model.stop_training``.
 
-    Returns the history: one list per quantity, one value per epoch. An epoch's loss is the mean over its batches,
-    weighted by rows.
+    Returns the history: one list per quantity, one value per epoch. An epoch's loss is the mean over its rows, by their
+    weights where there are any; its metric counts rows.
     """
     history: dict[str, list[float]] = {}
     for callback in callbacks:
@@ -96,15 +97,15 @@ def train(
 
 
 def _epoch(model: Sequential, executor: Executor, count: int, batch: int, metric: str | None) -> dict[str, float]:
-    run = Run(rows=0, step=model.step, epoch=model.epoch, lr=model.lr)
+    run = Run(rows=0, step=model.step, epoch=model.epoch, update=model.step, lr=model.lr)
     try:
         with executor.epoch(run, count, batch):
             for _ in epoch_chunks(executor, run, count, batch):
                 model.step = run.step
     finally:  # an interrupt arrives between two slices: the steps taken stay taken
         model.step = run.step
-    loss, rows, correct = executor.totals
-    logs = {"loss": float(loss / rows)}
+    loss, mass, correct, rows = executor.totals
+    logs = {"loss": float(loss / mass) if mass else math.nan}
     if metric is not None:
         logs[metric] = float(correct / rows)
     return logs
@@ -114,15 +115,14 @@ def evaluate_batches(
     bound: Bound, X: np.ndarray, targets: np.ndarray, weight: np.ndarray | None, batch: int
 ) -> tuple[float, float, float]:
     """Sum of loss * weight, sum of weights, correct predictions, over a data set in order."""
-    total, executor = np.zeros(3), bound.executor
+    executor = bound.executor
+    executor.totals[:] = 0
     for start in range(0, X.shape[0], batch):
         rows = slice(start, start + batch)
         bound.feed(X[rows], targets[rows], None if weight is None else weight[rows])
         count = X[rows].shape[0]
-        executor.run(Run(rows=count, total_rows=count))
-        loss, mass, correct = executor.stored(executor.stats)
-        if mass:  # a batch of zero weights has no mean
-            total += (loss * mass, mass, correct)
-        else:
-            total[2] += correct
-    return float(total[0]), float(total[1]), float(total[2])
+        run = Run(rows=count)
+        executor.run(run)
+        executor.add_up(run)
+    loss, mass, correct, _ = executor.totals
+    return float(loss), float(mass), float(correct)
