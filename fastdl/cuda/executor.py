@@ -198,9 +198,18 @@ class CudaExecutor(Executor):
             self._replay(0, "fold")
             self._folded = int(self.memory.version[0])
 
-    def run(self, run: Run, *phases: str) -> None:
+    def _clear(self, run: Run, loss: bool, gradients: bool) -> None:
         self._begin(run)
-        self._replay(run.rows, *(phases or PHASES))
+        if loss:
+            self.device.write(self.view(self.stats).address, np.zeros(3))
+        if gradients:
+            here = self.memory.gradients
+            self.device.write(self.memory.mirror.address(here), np.zeros_like(here))
+            self.memory.mirror.wrote()
+
+    def _run(self, run: Run, *phases: str) -> None:
+        self._begin(run)
+        self._replay(run.rows, *phases)
         if self._changes:
             self.memory.mirror.wrote()
         for buffer, array in self._outputs.items():

@@ -15,7 +15,7 @@ from fastdl.errors import BackendUnavailable
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.engine import panels
 from fastdl.kernels.engine.panels import Panels
-from fastdl.program import Buffer, Call, Program
+from fastdl.program import PHASES, Buffer, Call, Program
 from fastdl.run.arena import aligned
 from fastdl.run.storage import Memory, dtype_of, panel_rows, plan_arena, stored_size
 
@@ -154,9 +154,30 @@ class Executor(ABC):
         """
         return None
 
-    @abstractmethod
     def run(self, run: Run, *phases: str) -> None:
-        """Run the calls of some phases once, all of them if none is named."""
+        """Run the calls of some phases once, all of them if none is named.
+
+        A run of no rows is a share that a small batch has left nothing for. It leaves what sums over no rows are, a
+        loss and gradients of zero, and touches nothing else; the phase ``update`` is done as after any run.
+        """
+        phases = phases or PHASES
+        if run.rows:
+            self._run(run, *phases)
+            return
+        of_rows = {call.phase for call in self.program.calls} & {*phases} - {"update"}
+        self._clear(run, loss="loss" in of_rows, gradients="backward" in of_rows)
+        if "update" in phases:
+            self._run(run, "update")
+
+    def _clear(self, run: Run, loss: bool, gradients: bool) -> None:
+        if loss:
+            self.stored(self.stats)[:] = 0
+        if gradients:
+            self.memory.gradients[:] = 0
+
+    @abstractmethod
+    def _run(self, run: Run, *phases: str) -> None:
+        """`run` for at least one row, or the update alone."""
 
     #: How many times the steps of a slice the next one may have, where a call can come back before its work is done.
     growth = math.inf

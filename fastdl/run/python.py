@@ -66,11 +66,11 @@ class PythonExecutor(Executor):
             runtime = {name: values[name] for name in self._runtime[k]}
             self.impls[k].fn(*arrays[k], **call.params, **runtime, threads=self._threads[k])
 
-    def run(self, run: Run, *phases: str) -> None:
+    def _run(self, run: Run, *phases: str) -> None:
         if not run.total_rows:
             run.total_rows = run.rows
         with limit_blas(self.blas_threads):
-            self._go(*self.span(*(phases or PHASES)), run)
+            self._go(*self.span(*phases), run)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         first, last = self.span(*PHASES)
