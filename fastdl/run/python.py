@@ -66,11 +66,11 @@ class PythonExecutor(Executor):
             runtime = {name: values[name] for name in self._runtime[k]}
             self.impls[k].fn(*arrays[k], **call.params, **runtime, threads=self._threads[k])
 
-    def run(self, run: Run, *phases: str) -> None:
+    def _run(self, run: Run, *phases: str) -> None:
         if not run.total_rows:
             run.total_rows = run.rows
         with limit_blas(self.blas_threads):
-            self._go(*self.span(*(phases or PHASES)), run)
+            self._go(*self.span(*phases), run)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         first, last = self.span(*PHASES)
@@ -78,7 +78,7 @@ class PythonExecutor(Executor):
             for _ in range(steps):
                 run.rows = run.total_rows = min(batch, count - run.offset)
                 self._go(first, last, run)
-                stats = self.stored(self.stats)
-                self.totals += (stats[0] * run.rows, run.rows, stats[2])
+                self.add_up(run)
                 run.offset += run.rows
                 run.step += 1
+                run.update += 1

@@ -185,6 +185,19 @@ def test_a_training_inside_a_callback_counts(exact: str) -> None:
     assert made.epoch == 4
 
 
+@pytest.mark.parametrize("exact", EXACT)
+def test_a_training_inside_a_callback_has_data_of_its_own(exact: str) -> None:
+    """The inner one uses the same Program, the outer one goes on with its own rows: as the same fits in turn do."""
+    other, labels = X[::-1].copy(), (Y + 1) % 3
+    nested, flat = net(exact), net(exact)
+    inner = fd.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: nested.fit(other, labels, 30, verbose=0))
+    nested.fit(X, Y, 30, epochs=2, callbacks=[inner], verbose=0)
+    for _ in range(2):
+        flat.fit(X, Y, 30, verbose=0)
+        flat.fit(other, labels, 30, verbose=0)
+    assert_equal(nested, flat)
+
+
 def test_another_thread_that_reads_names_does_not_stop_a_training() -> None:
     made, undisturbed = net("cython"), net("cython")
     done = threading.Event()
