@@ -1,4 +1,4 @@
-"""What a model keeps of the caller's data once a call has returned: nothing, neither arrays nor what they are views of."""
+"""What a model keeps of the caller's data once a call has returned: neither arrays nor what they are views of."""
 
 from __future__ import annotations
 
