@@ -195,7 +195,7 @@ def _steps(name: str, count: int, width: int, batch: int, dtype: str, bars: dict
     kind = "mixed_bfloat16" if dtype == "bfloat16" else dtype
     net.compile("softmax_cross_entropy", backend="cuda", dtype=kind).build(width)
     net.train_on_batch(X, y)
-    bound = net._runtime.train(batch, Feed(labels=True))
+    bound = net._runtime.working().train(batch, Feed(labels=True))
     graph = bound.executor.graph_of_step()
     graph.replay(5)
     ours = statistics.median(bound.executor.device.seconds(graph, 20) / 20 for _ in range(9))

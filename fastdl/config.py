@@ -95,9 +95,16 @@ def resolve_backend(call: str | None = None, compiled: str | None = None) -> str
     """The back end's name (or "auto") by order of precedence."""
     if call is not None:
         return check_backend(call)
-    chosen = _context.get().backend
-    if chosen is not None:
-        return chosen
+    return _context.get().backend or home_backend(compiled)
+
+
+def context_backend() -> str | None:
+    """The back end that the innermost ``with fd.backend(...)`` names."""
+    return _context.get().backend
+
+
+def home_backend(compiled: str | None = None) -> str:
+    """The back end's name (or "auto") outside of any context."""
     if compiled not in (None, "auto"):
         return compiled
     return check_backend(_variable("FASTDL_BACKEND") or "auto", "FASTDL_BACKEND")
