@@ -349,7 +349,6 @@ cdef class SingleStep:
     cdef list x_places, target_places
     cdef int64_t width, rows, classes
     cdef char kind
-    cdef object held
 
     def __cinit__(self, NativeProgram program, list x, list targets, int64_t width, int64_t rows, bint double,
                   int64_t classes):
@@ -358,14 +357,16 @@ cdef class SingleStep:
         self.kind = c"d" if double else c"f"
 
     def run(self, x, targets, uint32_t step, uint32_t epoch, double lr):
-        """The batch's loss; None where a batch is not of the plain kind and nothing has been done."""
+        """The batch's loss; None where a batch is not of the plain kind and nothing has been done.
+
+        Its arrays live as long as the call; whoever runs the Program next binds others.
+        """
         cdef int64_t rows = self.rows_of(x)
         cdef NativeProgram program = self.program
         if rows < 1 or not self.are_labels(targets, rows):
             return None
         program.rebind(self.x_places, x)
         program.rebind(self.target_places, targets)
-        self.held = x, targets  # the calls point into them
         program._go(0, program.count, rows, step, epoch, 0, rows, lr, 0, 0, 0, 1, False)
         return program.stats_at[0]
 
