@@ -74,7 +74,7 @@ def backend(name: str, threads: int | None = None) -> Iterator[None]:
 
     Parameters
     ----------
-    name : {"auto", "numpy", "cython", "numba"}
+    name : {"auto", "numpy", "cython", "numba", "cuda"}
     threads : int, optional
 
     Raises

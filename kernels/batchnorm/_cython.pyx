@@ -2,8 +2,8 @@
 
 A block is some columns of all rows and belongs to one thread, so results do not depend on the thread count. Inside
 Programs a block is a panel, which stays in L1/L2 from the statistics to the last store; it may be the tail of a dense
-product. Eager calls on plain rows take blocks of up to 512 columns: 32-column strips of 8 KB rows touch a page per 128
-bytes and took 1.5 (forward) and 1.7 times (backward) as long at (4096, 2048).
+product. Eager calls on plain rows take blocks of up to 2048 columns (FD_BATCHNORM_WIDTH): 32-column strips of 8 KB rows
+touch a page per 128 bytes and took 1.5 (forward) and 1.7 times (backward) as long at (4096, 2048).
 """
 from libc.string cimport memset, strcmp
 

@@ -366,7 +366,10 @@ cdef class SingleStep:
         self.kind = c"d" if double else c"f"
 
     def run(self, x, targets, uint32_t step, uint32_t epoch, uint32_t update, double lr):
-        """The batch's loss; None where a batch is not of the plain kind and nothing has been done."""
+        """The batch's loss; None where a batch is not of the plain kind and nothing has been done.
+
+        Its arrays live as long as the call; whoever runs the Program next binds others.
+        """
         cdef int64_t rows = self.rows_of(x)
         cdef NativeProgram program = self.program
         if rows < 1 or not self.are_labels(targets, rows):

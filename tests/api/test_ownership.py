@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from api.nets import BACKENDS, EXACT, X, Y, assert_equal, net, other_than
 
 import fastdl as fd
+from api.nets import BACKENDS, EXACT, X, Y, assert_equal, net, other_than
 from fastdl import layers
 from fastdl.errors import BackendUnavailable, TrainingInProgress
 from fastdl.run import placement, storage
