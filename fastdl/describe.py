@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastdl.kernels import dispatch
 from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.program import Program
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 def explain(runtime: Runtime, program: Program) -> str:
     """Which back end runs a model with how many threads, and why not another."""
     threads, why = runtime.threads(program)
-    lines = [f"back end {runtime.backend}, {threads} thread{'s' if threads > 1 else ''} ({why})"]
+    note = dispatch.note(runtime.backend)
+    lines = [f"back end {runtime.backend}, {threads} thread{'s' if threads > 1 else ''} ({why}){note}"]
     for name in ALL_BACKENDS:
         if name != runtime.backend:
             reasons = runtime.refusals(name)

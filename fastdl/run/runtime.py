@@ -170,7 +170,7 @@ class Runtime:
         """Threads for a Program and the reason."""
         if program.name == "predict" and program.rows == 1:
             return 1, "to start a team takes as long as a row"
-        return config.threads_for(program.flops(), None, self.settings.threads)
+        return config.threads_for(program.flops(), None, self.settings.threads, self.backend)
 
     def train(self, rows: int, feed: Feed) -> Bound:
         """A whole training step. A step of single batches runs on any bound Program that holds as many rows."""
