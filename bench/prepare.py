@@ -146,12 +146,15 @@ def _chain(case: ChainCase, threads: int) -> Prepared:
         assert close(a, b, tolerance, float(np.finfo(DTYPE).eps), AT_KINKS), f"{case}: {name} differs from NumPy"
     run = Run(rows=SHAPES[case.shape].rows, total_rows=SHAPES[case.shape].rows)
 
+    dy = np.random.default_rng(1).standard_normal((run.rows, SHAPES[case.shape].cols), np.float32)
+
     def timed(model: fd.Sequential) -> Callable[[], None]:
-        executor = model._last[0].executor
+        bound = model._last[0]
+        bound.executor.slot(bound.dy, dy)
 
         def both() -> None:
-            executor.run(run, "forward")
-            executor.run(run, "backward")
+            bound.executor.run(run, "forward")
+            bound.executor.run(run, "backward")
 
         return both
 

@@ -41,6 +41,9 @@ _context: contextvars.ContextVar[Choice] = contextvars.ContextVar("fastdl.backen
 #: More than any machine has. A larger number asks for no more: C counts threads in 32 bits, and the kernels up to 64.
 MOST_THREADS = 1024
 
+#: Workers are forked by the dozen: their number is how the CPUs are shared.
+IN_CHILD = "a forked child takes one thread unless more are asked for"
+
 #: As os.environ keeps them. `os.environ.get` of a variable that is not set raises twice inside and takes 0.57 us of a
 #: tiny net's step of 5.4; a look into its dictionary takes 0.02.
 _KEYS = {name: os.environ.encodekey(name) for name in ("FASTDL_BACKEND", "FASTDL_NUM_THREADS", "OMP_NUM_THREADS")}
@@ -107,9 +110,16 @@ def resolve_backend(call: str | None = None, compiled: str | None = None) -> str
     """The back end's name (or "auto") by order of precedence."""
     if call is not None:
         return check_backend(call)
-    chosen = _context.get().backend
-    if chosen is not None:
-        return chosen
+    return _context.get().backend or home_backend(compiled)
+
+
+def context_backend() -> str | None:
+    """The back end that the innermost ``with fd.backend(...)`` names."""
+    return _context.get().backend
+
+
+def home_backend(compiled: str | None = None) -> str:
+    """The back end's name (or "auto") outside of any context."""
     if compiled not in (None, "auto"):
         return compiled
     return check_backend(_variable("FASTDL_BACKEND") or "auto", "FASTDL_BACKEND")
@@ -126,13 +136,13 @@ def resolve_threads(call: int | str | None = None, compiled: int | str | None = 
         if not number:
             raise ValueError(f"FASTDL_NUM_THREADS: expected an integer of at least 1, found {text[:40]!r}")
         return min(number, MOST_THREADS)
-    return None
+    return 1 if fork.is_child else None
 
 
 def available_threads() -> tuple[int, str]:
     """Threads that "auto" may take, and what limits them."""
-    if fork.in_child():
-        return 1, "a forked child leaves the other CPUs to its siblings"
+    if fork.is_child:
+        return 1, IN_CHILD
     cpus, why = os.cpu_count() or 1, "all CPUs"
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -202,11 +212,11 @@ def threads_for(
     flops: float, call: int | str | None = None, compiled: int | str | None = None, backend: str = ""
 ) -> tuple[int, str]:
     """Threads for a Program of so many operations per step, and the reason."""
-    if backend == "numba" and fork.in_child():
+    if backend == "numba" and fork.is_child:
         return 1, "Numba's threads do not survive a fork"
     asked = resolve_threads(call, compiled)
     if asked is not None:
-        return asked, "asked for"
+        return asked, IN_CHILD if fork.is_child and asked == 1 else "asked for"
     cpus, why = available_threads()
     wanted = max(1, int(flops / FLOPS_PER_THREAD))
     if wanted < cpus:

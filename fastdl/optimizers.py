@@ -211,6 +211,11 @@ class AdamW(Optimizer):
         }
 
 
+def check_lr(value: Any) -> float:
+    """A learning rate, or a ValueError that says what was expected."""
+    return SGD(lr=value).lr
+
+
 _KNOWN: dict[str, type[Optimizer]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `contract` is a package of helpers, too
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "cuda")]  # the packages of helpers: `contract` and `gpu`
+sys.path.append(str(HERE.parent))  # the package `bench`, wherever pytest starts
 pytest.register_assert_rewrite("contract.checks")
 
 import fastdl as fd  # noqa: E402

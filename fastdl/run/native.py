@@ -35,7 +35,7 @@ class NativeExecutor(Executor):
                 if b is not None and b.kind == "slot":
                     self._places.setdefault(b, []).append((k, position))
             ints, floats = how.scalars(call.params)
-            capsule = how.capsule(impl, arrays, self.memory.dtype, self.memory.mixed)
+            capsule = how.capsule(impl, arrays, self.memory.layout.dtype, self.memory.layout.mixed)
             calls.append((capsule, arrays, ints, floats, call.tail, barriers[k]))
         stats = None if self.stats is None else self.stored(self.stats)
         changes = self.program.changes_parameters
@@ -64,7 +64,7 @@ class NativeExecutor(Executor):
             call = self.program.calls[k]
             read += [self._extent(b) for b in call.reads]
             written += [self._extent(b) for b in call.writes]
-            if uses_shared(dispatch.marshaller(call.op).capsule(self.impls[k], (), self.memory.dtype)):
+            if uses_shared(dispatch.marshaller(call.op).capsule(self.impls[k], (), self.memory.layout.dtype)):
                 written.append((-1, 0))
         return read, written
 
@@ -85,7 +85,7 @@ class NativeExecutor(Executor):
         from fastdl.kernels.engine._cython import SingleStep
 
         loss = next(call for call in self.program.calls if "stats" in call.buffers)
-        native, double = self.native, self.memory.dtype == np.float64
+        native, double = self.native, self.memory.layout.dtype == np.float64
         places = self._places[x], self._places[targets]
         return SingleStep(native, *places, x.shape[-1], self.program.rows, double, loss.buffers["z"].shape[0])
 
@@ -94,7 +94,7 @@ class NativeExecutor(Executor):
 
         places = self._places[x], self._places[y]
         sizes = self.program.rows, x.shape[0], y.shape[0]
-        return Prediction(self.native, *places, *self._heads(PHASES), *sizes, self.memory.dtype)
+        return Prediction(self.native, *places, *self._heads(PHASES), *sizes, self.memory.layout.dtype)
 
     def _heads(self, phases: tuple[str, ...]) -> tuple[int, int]:
         found = self._spans.get(phases)

@@ -1,17 +1,12 @@
-"""What a fork leaves behind: one thread, and copies of locks that threads of the parent may have held.
-
-A lock is either held over the fork, so that what it guards is whole in the child, or renewed in the child, where the
-fork cannot wait for its holder (a net at work holds its lock for hours).
-"""
+"""What a fork leaves behind: one thread, and copies of locks that threads of the parent may have held."""
 
 from __future__ import annotations
 
 import os
-import threading
-import weakref
 from typing import Any, Protocol
 
-_is_child = False
+#: Whether this process was forked from one that had loaded fastdl.
+is_child = False
 
 
 class Lock(Protocol):
@@ -24,12 +19,6 @@ class Lock(Protocol):
 
 _held: list[Lock] = []
 _taken: list[Lock] = []  # by the fork that is under way
-_owners: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
-
-
-def in_child() -> bool:
-    """Whether this process was forked from one that had loaded fastdl."""
-    return _is_child
 
 
 def hold(lock: Lock) -> None:
@@ -44,18 +33,6 @@ def hold(lock: Lock) -> None:
     _held.append(lock)
 
 
-def renew(owner: Any, name: str) -> None:
-    """Set ``owner.name`` to a fresh reentrant lock, now and in every forked child.
-
-    Parameters
-    ----------
-    owner : object
-        An object or a module; it is not kept alive.
-    """
-    setattr(owner, name, threading.RLock())
-    _owners.setdefault(owner, set()).add(name)
-
-
 def _before() -> None:
     for lock in _held:
         lock.acquire()
@@ -68,12 +45,9 @@ def _after() -> None:
 
 
 def _in_child() -> None:
-    global _is_child
-    _is_child = True
+    global is_child
+    is_child = True
     _after()
-    for owner, names in list(_owners.items()):
-        for name in names:
-            setattr(owner, name, threading.RLock())
 
 
 if hasattr(os, "register_at_fork"):

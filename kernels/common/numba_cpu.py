@@ -74,7 +74,7 @@ def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(function)
     def kernel(*args: Any, threads: int) -> None:
         threads = min(threads, config.NUMBA_NUM_THREADS)
-        if threads == 1 or fork.in_child():
+        if threads == 1 or fork.is_child:
             serial(*args)
             return
         with _region():

@@ -1,6 +1,6 @@
 """The checks of the contract, as functions that raise AssertionError; the tests beside this file run them.
 
-They know no op by name. `tests/test_planted_faults.py` proves that each of them can turn red.
+They know no op by name. `test_planted_faults.py` proves that each of them can turn red.
 """
 
 from __future__ import annotations

@@ -141,9 +141,9 @@ def test_arena_keeps_live_buffers_apart() -> None:
     net = block_net().compile("softmax_cross_entropy", "adam", backend="numpy")
     net.build(13)
     builder = net._runtime.builder
-    memory, moments = builder.memory(False, net.optimizer)
-    program, _ = builder.train(64, Feed(labels=True), net.loss, net.optimizer, memory, moments, False)
-    ranges, top = plan_arena(program, lambda buffer: 4 * stored_size(buffer, 64, memory), ())
+    layout = builder.layout("numpy")
+    program, _ = builder.train(64, Feed(labels=True), net.loss, net.optimizer, layout, False)
+    ranges, top = plan_arena(program, lambda buffer: 4 * stored_size(buffer, 64, layout), ())
     spans = program.lifetimes()
     total = sum(end - start for start, end in ranges.values())
     for a in spans:

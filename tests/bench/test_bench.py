@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from bench import cases, compare, measure, prepare, table  # noqa: E402
-from fastdl.kernels import dispatch, registry  # noqa: E402
-from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+from bench import cases, compare, measure, prepare, table
+from fastdl.kernels import dispatch, registry
+from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance
 
 
 def test_every_op_is_measured_on_every_backend():

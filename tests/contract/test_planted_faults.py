@@ -7,13 +7,15 @@ fault stands for all, for the checks know no op by name.
 from __future__ import annotations
 
 import itertools
+import os
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from contract import cases, checks
 
+from contract import cases, checks
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.registry import Impl
 
@@ -271,14 +273,9 @@ print(np.lib.stride_tricks.as_strided(x, (2,), (by * 4 * (x.size if by > 0 else 
 
 
 def _environment():
-    import os
-    import pathlib
-
-    paths = [
-        str(pathlib.Path(__file__).parent),
-        str(pathlib.Path(__file__).parent.parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
+    """What a process of its own needs to import `contract`, and fastdl from a tree that is not installed."""
+    tests = pathlib.Path(__file__).resolve().parents[1]
+    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 

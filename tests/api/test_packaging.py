@@ -17,7 +17,7 @@ import pytest
 
 import fastdl as fd
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="stand-in compilers are shell scripts")
 
 

@@ -13,7 +13,7 @@ import pytest
 import fastdl as fd
 from fastdl import cli
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 RESULTS = ("test accuracy", "test r2", "seconds", "ratio to the numpy back end", "weights sha256")
 QUICK = ["--epochs", "2", "--layers", "16", "--no-baseline"]
 

@@ -48,7 +48,7 @@ STATE = _state()
 
 
 def program(net: fd.Sequential) -> fd.program.Program:
-    return next(b for k, b in net._runtime._bound.items() if k[0] == "predict").executor.program
+    return next(iter(net._runtime.placement._predictions.values())).executor.program
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -205,5 +205,5 @@ def test_one_row_has_one_thread() -> None:
     net = trained("cython", threads=2)
     net.predict(X)
     net.predict(X[:1])
-    used = {k[2]: b.executor.threads for k, b in net._runtime._bound.items() if k[0] == "predict"}
+    used = {rows: b.executor.threads for (rows, _), b in net._runtime.placement._predictions.items()}
     assert used == {64: 2, 1: 1}

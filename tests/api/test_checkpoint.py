@@ -35,7 +35,8 @@ def path(tmp_path, tensors):
 
 
 def test_round_trip(path, tensors):
-    read, description = checkpoint.read(path)
+    read, description, version = checkpoint.read(path)
+    assert version == checkpoint.VERSION
     assert description == DESCRIPTION
     assert read.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -128,7 +129,7 @@ def test_other_version_is_refused(tmp_path):
     path = tmp_path / "future.safetensors"
     header = {"version": checkpoint.VERSION + 1, "sha256": "", "description": {}}
     safetensors.numpy.save_file({"w": np.ones(3)}, path, {checkpoint.KEY: json.dumps(header)})
-    with pytest.raises(ModelFileError, match="version 2"):
+    with pytest.raises(ModelFileError, match=f"version {checkpoint.VERSION + 1}"):
         checkpoint.read(path)
 
 

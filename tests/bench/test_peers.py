@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 
 import fastdl as fd
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 peers = pytest.importorskip("bench.peers.__main__", reason="the bench folder is not beside the tests")
 cases = pytest.importorskip("bench.peers.cases")
 

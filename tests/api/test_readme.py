@@ -12,7 +12,8 @@ import pytest
 import fastdl as fd
 from fastdl import layers
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def section(name: str) -> str:
@@ -54,8 +55,7 @@ def test_the_example_runs() -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_activation_in_contributing_applies() -> None:
     """The diff of the how-to fits the code of today, and touches at most five files."""
-    root = pathlib.Path(__file__).parent.parent
-    diff = re.search(r"```diff\n(.*?)```", (root / "CONTRIBUTING.md").read_text(), re.S).group(1)
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S).group(1)
     assert 1 < diff.count("diff --git") <= 4  # and README's generated table
-    run = subprocess.run(["git", "apply", "--check", "-"], input=diff, text=True, capture_output=True, cwd=root)
+    run = subprocess.run(["git", "apply", "--check", "-"], input=diff, text=True, capture_output=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

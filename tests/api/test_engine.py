@@ -48,7 +48,7 @@ net = fd.Sequential([layers.Dense(33), layers.BatchNorm(), layers.ReLU(), layers
 net.compile("softmax_cross_entropy", fd.optimizers.Adam(clip_norm=1.0), backend="cython", threads={threads})
 X, y = np.random.default_rng(0).standard_normal((1000, 17)).astype("f4"), np.arange(1000) % 10
 net.fit(X, y, batch_size=32, epochs=1, verbose=0)
-(bound,) = [b for k, b in net._runtime._bound.items() if k[0] == "train"]
+(bound,) = [b for k, b in net._runtime.placement._bound.items() if k[0] == "train"]
 native = bound.executor.native
 spent = []
 for steps in (32, 32, 32 * 20):  # the first warms up; an epoch has 32 steps

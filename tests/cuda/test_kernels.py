@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pathlib
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,7 +24,6 @@ if numba_cuda.MISSING:
 
 from gpu.device import Interpreted, from_bfloat16, to_bfloat16
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 dispatch.load_cuda()
 SPECS = [spec for spec in registry.specs() if registry.find(spec.name, "cuda")]
 #: Elements between rows, bytes off the alignment.
