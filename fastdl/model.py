@@ -53,10 +53,17 @@ class Sequential(Net):
             raise ValueError("the model has no loss yet: call compile(loss=..., optimizer=...) first")
         return self.loss
 
-    def _inputs(self, X: Any, y: Any, sample_weight: Any, name: str = "") -> tuple[Builder, tuple[Any, Any, Any]]:
-        """X, targets and weights as the kernels take them, checked against each other and the model on paper."""
+    def _inputs(
+        self, X: Any, y: Any, sample_weight: Any, name: str = "", width: int | None = None
+    ) -> tuple[Builder, tuple[Any, Any, Any]]:
+        """X, targets and weights as the kernels take them, checked against each other and the model on paper.
+
+        ``width`` is that of the training rows, where these are others.
+        """
         dtype, gpu = self._settings.float, self._on_gpu()
         X = as_matrix(X, dtype, f"{name}X", gpu)
+        if width not in (None, X.shape[1]):
+            raise ValueError(f"{name}X: expected {width} features, as X has, found {X.shape[1]}")
         builder = self._builder(X.shape[1])
         targets = as_targets(y, self._loss(), builder.out_width, dtype, f"{name}y", gpu)
         if targets.shape[0] != X.shape[0]:
@@ -121,13 +128,14 @@ class Sequential(Net):
                 builder, (X, targets, weight) = self._inputs(X, y, sample_weight)
                 held = None
                 if validation_data is not None:
-                    _, held = self._inputs(*validation_data[:2], *(validation_data[2:] or (None,)), "validation ")
+                    weights = validation_data[2] if len(validation_data) == 3 else None
+                    _, held = self._inputs(*validation_data[:2], weights, "validation ", X.shape[1])
                 elif validation_split:
                     X, targets, weight, held = split_validation(X, targets, weight, validation_split)
                 runtime = self._built(builder)
                 batch = min(batch_size, X.shape[0])
                 executor, bound = runtime.working().epochs(X, targets, weight, batch, shuffle)
-                runtime.busy += 1
+                self._training.depth += 1
             try:
                 for callback in callbacks:
                     callback.model = self
@@ -136,7 +144,7 @@ class Sequential(Net):
                 return trainer.run(epochs, evaluate, callbacks, verbose)
             finally:
                 with self._lock:
-                    runtime.busy -= 1
+                    self._training.depth -= 1
                     bound.let_go()
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -253,7 +261,7 @@ class Sequential(Net):
     def predict(self, X: Any) -> np.ndarray:
         """Output of the last layer for every row, (N, O): logits where the loss takes logits."""
         runtime = self._runtime
-        if runtime is not None and not runtime.busy:
+        if runtime is not None and not self._training.depth:
             with self._lock.quick:
                 out = runtime.predict_direct(X)
             if out is not None:

@@ -47,7 +47,7 @@ class Net:
         self._settings = Settings()
         self._runtime: Runtime | None = None
         self._last: tuple[Bound, Run] | None = None  # of forward(), for backward()
-        self._training = NetLock()  # held by a whole training
+        self._training = NetLock()  # held by a whole training; its depth counts those of `fit`
         self._lock = NetLock()  # held while somebody is at the memory; a training lets go between slices
 
     # ------------------------------------------------------------------ set-up
@@ -120,7 +120,7 @@ class Net:
                 raise ValueError(
                     "the model does not know its input yet: call fit(), predict() or build(features) first"
                 )
-            self._runtime = Runtime(builder, self._settings)
+            self._runtime = Runtime(builder, self._settings, self._training)
         return self._runtime
 
     @property

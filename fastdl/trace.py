@@ -98,7 +98,7 @@ class Trace:
         self.calls.append(made)
         if phase == "forward" and self.training:
             self._tape.append(made)
-            for parameter in {b for b in made.reads if b.kind == "parameter"}:
+            for parameter in dict.fromkeys(b for b in made.reads if b.kind == "parameter"):
                 if parameter in self._used:
                     raise ValueError(
                         f"{parameter.name}: expected a parameter to be used once, found a second use in {op}; "

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "cuda")]  # the packages of helpers: `contract` and `gpu`
+sys.path[:0] = [str(HERE), str(HERE / "cuda")]  # the packages of helpers: `api`, `contract` and `gpu`
 sys.path.append(str(HERE.parent))  # the package `bench`, wherever pytest starts
 pytest.register_assert_rewrite("contract.checks")
 

@@ -220,7 +220,6 @@ class CudaExecutor(Executor):
         try:
             yield
         finally:
-            self.memory.mirror.wrote()
             self.totals[:] = self.device.read(self.sums.address, np.float64, 3)
             while self._slices:
                 self.device.wait(self._slices.popleft())
@@ -233,7 +232,9 @@ class CudaExecutor(Executor):
         if "epoch" not in plan.graphs:
             following = next_step_launch(plan.planner, self.view(self.stats), self.sums)
             plan.graphs["epoch"] = self.device.graph([*plan.launches(*PHASES), following])
+        self.memory.mirror.push()  # weights that somebody has assigned between two slices
         plan.graphs["epoch"].replay(times)
+        self.memory.mirror.wrote()
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         """Queue replays; waits for those of the call before, so that the GPU has work and Ctrl-C not long to wait."""

@@ -15,11 +15,12 @@ class NetLock:
 
     Python's lock goes to whoever asks first after its release, which is the training again: it holds the interpreter.
     So whoever finds the lock taken waits for it with ``_turn`` in his hands, and `give_way` takes ``_turn`` before it
-    takes the lock back. ``quick`` is the lock itself, for calls of a microsecond while nothing trains.
+    takes the lock back. ``quick`` is the lock itself, for calls of a microsecond while nothing trains. ``depth`` counts
+    what its holder says is under way; a child that is forked by another thread begins with 0.
     """
 
     def __init__(self) -> None:
-        self.quick, self._turn = threading.RLock(), threading.Lock()
+        self.quick, self._turn, self.depth = threading.RLock(), threading.Lock(), 0
         _locks.add(self)
 
     def __enter__(self) -> None:
@@ -44,7 +45,7 @@ class NetLock:
         if self.quick.acquire(blocking=False):  # free, or held by the thread that forked
             self.quick.release()
         else:
-            self.quick = threading.RLock()
+            self.quick, self.depth = threading.RLock(), 0
 
 
 def _after_fork() -> None:

@@ -18,6 +18,7 @@ from fastdl.errors import BackendUnavailable, TrainingInProgress
 from fastdl.kernels import dispatch
 from fastdl.kernels.registry import BACKENDS
 from fastdl.program import Program
+from fastdl.run.lock import NetLock
 from fastdl.run.placement import Placement, threads_of
 from fastdl.run.settings import Settings
 from fastdl.run.storage import Memory
@@ -30,11 +31,12 @@ class Runtime:
     ----------
     builder : Builder
     settings : Settings
+    training : NetLock
+        Its ``depth`` counts the trainings under way.
     """
 
-    def __init__(self, builder: Builder, settings: Settings) -> None:
-        self.builder, self.settings = builder, settings
-        self.busy = 0  #: trainings under way
+    def __init__(self, builder: Builder, settings: Settings, training: NetLock) -> None:
+        self.builder, self.settings, self.training = builder, settings, training
         self._auto: str | None = None
         self._copy: tuple[Placement, int] | None = None  # and the version of the values that it has
         self.placement = Placement(builder, settings, _able(self.wanted(), settings))
@@ -91,12 +93,12 @@ class Runtime:
         wanted = self.wanted()
         if wanted == self.placement.backend:
             return self.placement
-        if not self.busy and config.context_backend() is None:
+        if not self.training.depth and config.context_backend() is None:
             return self.working()  # back home
         return self._copied(_able(wanted, self.settings))
 
     def _move(self, backend: str, settings: Settings, moments: bool = True) -> None:
-        if self.busy:
+        if self.training.depth:
             raise TrainingInProgress(
                 f"this net is training on {self.placement.backend!r}: expected nobody to move it to {backend!r} or to "
                 "compile it before fit has returned; predict and evaluate answer from a copy"

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 import fastdl as fd
@@ -44,12 +45,33 @@ def test_the_program_shown_is_the_program(fuse: bool) -> None:
     assert printed(fuse) in section("program")
 
 
+def blocks(heading: str) -> list[str]:
+    """The Python of a section."""
+    text = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
 def test_the_example_runs() -> None:
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(blocks("In Python")[0], names)
     assert names["net"].evaluate(names["X"][names["test"]], names["y"][names["test"]])["accuracy"] > 0.95
     assert len(names["history"]["loss"]) == 30
+
+
+def test_stop_save_and_go_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(blocks("In Python")[0], names)
+    again, loop = blocks("Stop, save, go on")
+    exec(again, names)
+    assert names["net"].epoch == 60
+    whole: dict[str, object] = {}
+    exec(blocks("In Python")[0].replace("epochs=30", "epochs=60"), whole)
+    for name, value in whole["net"].weights.items():
+        np.testing.assert_array_equal(names["net"].weights[name], value)
+    step = names["net"].step
+    exec(loop, names | {"ops": fd.ops})
+    assert names["net"].step == step + 1
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
