@@ -338,6 +338,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _cubins(options: argparse.Namespace) -> None:
+    dispatch.load_cuda()
     from fastdl.cuda import ahead
     from fastdl.kernels.common import cubins
 

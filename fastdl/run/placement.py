@@ -68,11 +68,11 @@ class DataSet:
     let_go: Callable[[], None]
 
 
-def threads_of(program: Program, asked: int | str) -> tuple[int, str]:
+def threads_of(program: Program, asked: int | str, backend: str) -> tuple[int, str]:
     """Threads for a Program and the reason."""
     if program.name == "predict" and program.rows == 1:
         return 1, "to start a team takes as long as a row"
-    return config.threads_for(program.flops(), None, asked)
+    return config.threads_for(program.flops(), None, asked, backend)
 
 
 class Placement:
@@ -256,7 +256,7 @@ class Placement:
 
     def _bind(self, program: Program, ports: dict[str, Any]) -> Bound:
         keep = [b for b in (ports["y"], ports.get("dx")) if b is not None]
-        threads = threads_of(program, self.settings.threads)[0]
+        threads = threads_of(program, self.settings.threads, self.backend)[0]
         executor = bind(program, self.memory, self.backend, threads, keep)
         return Bound(
             executor,
