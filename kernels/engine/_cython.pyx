@@ -334,6 +334,15 @@ cdef class NativeProgram:
 
 
 # ---------------------------------------------------------------------------------------------- one batch, quickly
+cdef bint has_buffer(array, Py_buffer* view) except -1:
+    """Whether the view is filled: NumPy has none for dates and some kinds of text."""
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (BufferError, ValueError):
+        return False
+    return True
+
+
 cdef class SingleStep:
     """Training steps on batches that need no conversion: check, bind and run in one call from Python.
 
@@ -383,9 +392,8 @@ cdef class SingleStep:
         """Rows of a C-contiguous matrix of the step's type and width, else -1."""
         cdef Py_buffer view
         cdef int64_t rows = -1
-        if type(array) is not ndarray:
+        if type(array) is not ndarray or not has_buffer(array, &view):
             return -1
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
         if (view.ndim == 2 and view.format[0] == self.kind and view.format[1] == 0 and view.shape[1] == self.width
                 and view.shape[0] <= self.rows and view.strides[1] == view.itemsize
                 and view.strides[0] == self.width * view.itemsize):
@@ -398,9 +406,8 @@ cdef class SingleStep:
         cdef int64_t k
         cdef const int64_t* label
         cdef bint good = False
-        if type(array) is not ndarray:
+        if type(array) is not ndarray or not has_buffer(array, &view):
             return False
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
         if (view.ndim == 1 and view.format[0] == c"l" and view.format[1] == 0 and view.itemsize == 8
                 and view.shape[0] == rows and view.strides[0] == 8):
             label, good = <const int64_t*>view.buf, True
