@@ -65,6 +65,8 @@ def check_backend(name: object, where: str = "backend") -> str:
 
 def check_threads(threads: object, where: str = "threads") -> int:
     """A number of threads, at most `MOST_THREADS`."""
+    if type(threads) is int and 0 < threads <= MOST_THREADS:
+        return threads  # every step of a net asks
     try:
         number = 0 if isinstance(threads, bool) else operator.index(threads)
     except TypeError:
