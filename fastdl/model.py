@@ -129,18 +129,18 @@ class Sequential(Net):
                     X, targets, weight, held = split_validation(X, targets, weight, validation_split)
                 runtime = self._built(builder)
                 batch = min(batch_size, X.shape[0])
-                executor, bound = runtime.working().epochs(X, targets, weight, batch, shuffle)
+                data = runtime.working().data_set(X, targets, weight, batch, shuffle)
                 self._training.depth += 1
             try:
                 for callback in callbacks:
                     callback.model = self
-                trainer = Trainer(executor, self._state, self._lock, X.shape[0], batch, self._loss().metric)
+                trainer = Trainer(data, self._state, self._lock, X.shape[0], batch, self._loss().metric)
                 evaluate = None if held is None else lambda: self._evaluated(runtime, *held)
                 return trainer.run(epochs, evaluate, callbacks, verbose)
             finally:
                 with self._lock:
                     self._training.depth -= 1
-                    bound.let_go()
+                    data.let_go()
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """One training step; returns the batch's mean loss before the update.
@@ -150,7 +150,7 @@ class Sequential(Net):
         with self._training.quick, self._lock.quick:
             state, runtime = self._state, self._runtime
             quick = None if runtime is None or sample_weight is not None else runtime.quick()
-            loss = None if quick is None else quick.run(X, y, state.step, state.epoch, state.lr)
+            loss = None if quick is None else quick.run(X, y, state.step, state.epoch, state.update, state.lr)
             if loss is None:
                 loss = self._train_on_batch(X, y, sample_weight)
             state.advance()
@@ -197,12 +197,9 @@ class Sequential(Net):
             run = Run(rows=rows, step=self._state.step, first_row=first, total_rows=rows)
             try:
                 executor.slot(bound.x, X)
-                blank = np.zeros((rows, placement.builder.out_width), self._settings.float)
-                executor.slot(bound.dy, blank)  # until backward() knows
                 executor.run(run, "feed", "forward")
             finally:
                 executor.slot(bound.x, None)
-                executor.slot(bound.dy, None)
             self._last, self._state.rows = (bound, run), first + rows
             return executor.read(bound.y, rows)
 

@@ -13,6 +13,7 @@ from fastdl import describe, losses, optimizers
 from fastdl.builder import Builder, named
 from fastdl.checks import settings_fit, whole
 from fastdl.inputs import whole_number
+from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
 from fastdl.losses import check_last_layer
 from fastdl.program import Program
@@ -226,6 +227,7 @@ class Net:
         if backend != "cuda":
             raise ValueError(f"plan: expected 'cuda', found {backend!r}; net.program lists the calls of the others")
         whole_number(batch_size, "batch_size")
+        dispatch.load_cuda()
         from fastdl.cuda import dry
 
         return dry.plan(self._built().builder, self._settings, batch_size)

@@ -54,7 +54,7 @@ def sgd_step(
     if v is None and momentum:
         raise ValueError("v: momentum needs a velocity array of w's shape, found None")
     arguments = {"momentum": momentum, "nesterov": int(nesterov), "l2": l2, "weight_decay": weight_decay, "lr": lr}
-    _sweep("sgd_step", {"w": w, "g": g, "v": v}, {**arguments, "step": 0}, backend, threads)
+    _sweep("sgd_step", {"w": w, "g": g, "v": v}, arguments, backend, threads)
 
 
 def adam_step(
@@ -78,5 +78,5 @@ def adam_step(
     ``step`` counts from 0: the bias corrections use t = step + 1.
     """
     arguments = {"beta1": beta1, "beta2": beta2, "eps": eps, "l2": l2, "weight_decay": weight_decay, "lr": lr}
-    arguments["step"] = checks.whole(step, "step")
+    arguments["update"] = checks.whole(step, "step")
     _sweep("adam_step", {"w": w, "g": g, "m": m, "v": v}, arguments, backend, threads)
