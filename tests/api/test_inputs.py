@@ -133,6 +133,18 @@ def test_text_labels_get_the_advice_that_numbers_them() -> None:
         refused(lambda y=y: small().fit(X, y), TypeError, "y: ", "np.unique(y, return_inverse=True)")
 
 
+def test_weights_are_assigned_by_the_same_rules() -> None:
+    model = small().build(6)
+    before = model.get_state()
+    for value, words in ODD.values():
+        refused(lambda value=value: model.set_state({"dense_0/kernel": value}), TypeError, "dense_0/kernel: ", words[0])
+    far = np.ones((6, 3))
+    far[2, 1] = 1e300
+    refused(lambda: model.set_state({"dense_0/kernel": far}), ValueError, "dense_0/kernel: ", "row 2, column 1")
+    refused(lambda: model.set_state({"dense_0/kernel": far.T}), ValueError, "expected shape (6, 3), found (3, 6)")
+    assert all(np.array_equal(v, before[k]) for k, v in model.get_state().items())
+
+
 @pytest.mark.parametrize("shape", [(), (6,), (3, 6, 1), (0, 6), (6, 0)])
 def test_x_of_another_shape(shape) -> None:
     for value in (np.ones(shape), np.ones(shape, "f4"), np.ones(shape).tolist()):
