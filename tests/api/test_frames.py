@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
+import fastdl as fd
 from fastdl import inputs
 
 from .nets import X, Y, refused, small
@@ -21,6 +24,9 @@ class Frame:
 
     def items(self):
         return self.data.items()
+
+    def __getitem__(self, names):
+        return Frame(**{name: self.data[name] for name in names})
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
         same = len({values.dtype for values in self.data.values()}) == 1
@@ -57,6 +63,28 @@ def test_frames_name_their_columns() -> None:
     }
     for frame, kind, *rest in words.values():
         refused(lambda frame=frame: small().fit(frame, Y), kind, "X:", *rest)
+
+
+def test_columns_are_told_by_their_names(tmp_path) -> None:
+    """A net that was built with a frame takes the columns of another one by name, also after load and in copies."""
+    frame, turned = Frame(a=A, b=B, t=T), Frame(t=T, a=A, b=B)
+    net = small()
+    net.fit(frame, Y, verbose=0)
+    net.save(tmp_path / "net")
+    want = net.predict(frame)
+    for same in (net, fd.load(tmp_path / "net"), copy.deepcopy(net)):
+        assert same.feature_names == ["a", "b", "t"]
+        np.testing.assert_array_equal(same.predict(turned), want)
+        np.testing.assert_array_equal(same.forward(turned), want)
+        np.testing.assert_array_equal(same.predict(np.stack([A, B, T], 1)), want)  # arrays have no names
+        assert same.evaluate(turned, Y) == same.evaluate(frame, Y)
+        refused(lambda same=same: same.predict(Frame(a=A, b=B, c=T)), ValueError, "missing ['t']", "X[['a', 'b', 't']]")
+        refused(lambda same=same: same.predict(Frame(a=A, b=B, t=T, c=A)), ValueError, "unknown ['c']")
+        refused(lambda same=same: same.train_on_batch(Frame(a=A, b=B, c=T), Y), ValueError, "missing ['t']")
+    unnamed = small()
+    unnamed.fit(np.stack([A, B, T], 1), Y, verbose=0)
+    assert unnamed.feature_names is None
+    unnamed.predict(turned)  # a net that was built with an array asks for no names
 
 
 def test_pandas() -> None:
