@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def run_cubins(options: argparse.Namespace) -> None:
+    dispatch.load_cuda()
     from fastdl.cuda import ahead
     from fastdl.kernels.common import cubins
 
