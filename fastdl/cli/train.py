@@ -6,7 +6,6 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,7 +212,7 @@ def run(options: argparse.Namespace) -> None:
             raise
     watch = Stopwatch()
     start = time.perf_counter()
-    net.fit(**train, epochs=options.epochs, callbacks=[watch], verbose=0 if options.quiet or sys.stderr is None else 1)
+    net.fit(**train, epochs=options.epochs, callbacks=[watch], verbose=0 if options.quiet else 1)
     seconds = time.perf_counter() - start
     try:
         print(_score(net, problem))
