@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("data", help='"digits", or a .csv or .npz file')
     add("--target", help="column to predict (of a .npz file: y, unless named)")
     add("--task", choices=TASKS, default="auto", help="what the target is")
-    add("--categorical", type=_names, default=[], help="numeric columns to encode one-hot, with commas")
+    add("--categorical", type=_names, default=[], help="columns to encode one-hot even if they look like numbers")
     add("--drop", type=_names, default=[], help="columns to leave out, with commas")
     add("--test-fraction", type=_fraction, default=0.2, help="share of the rows to hold out")
     add("--layers", type=_widths, default=[128, 64], help="widths of the hidden layers, with commas")
