@@ -36,10 +36,37 @@ class _Limit:
     holder: int  # the Python thread
 
 
-_lock = threading.RLock()
-fork.hold(_lock)
+_changed = threading.Condition(threading.RLock())
 _limits: list[_Limit] = []
 _as_found: list[tuple[Any, int]] = []  # each BLAS with its own number of threads, while there are limits
+_forks = 0  # that wait
+
+
+class _Quiet:
+    """Lets a fork wait until no other thread is in a block, and new blocks until the fork is over.
+
+    OpenBLAS ends its threads before a fork: a product that is under way on two of them never returns, in the parent. A
+    block is a slice of a training, 0.1 s at most.
+    """
+
+    def acquire(self) -> None:
+        global _forks
+        _changed.acquire()
+        _forks += 1
+        try:
+            _changed.wait_for(lambda: not any(limit.holder != threading.get_ident() for limit in _limits))
+        except BaseException:  # an interrupt
+            self.release()
+            raise
+
+    def release(self) -> None:
+        global _forks
+        _forks = 0 if fork.is_child else _forks - 1
+        _changed.notify_all()
+        _changed.release()
+
+
+fork.hold(_Quiet())
 
 
 @functools.cache
@@ -66,19 +93,22 @@ def limit_blas(threads: int) -> Iterator[None]:
     A BLAS pool that is larger than the work needs costs more than it gives: on two busy cores a product of 64 rows took
     9 ms instead of 20 us.
     """
-    limit = _Limit(threads, threading.get_ident())
+    here = threading.get_ident()
+    limit = _Limit(threads, here)
     try:
-        with _lock:
+        with _changed:
+            _changed.wait_for(lambda: not _forks or any(outer.holder == here for outer in _limits))
             if not _limits:
                 _as_found[:] = [(library, library.get_num_threads()) for library in _libraries()]
             _limits.append(limit)
             _apply()
         yield
     finally:
-        with _lock:
+        with _changed:
             if limit in _limits:
                 _limits.remove(limit)
                 _apply()
+                _changed.notify_all()
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
@@ -88,17 +118,13 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def _in_child() -> None:
-    """The child has none of the parent's other threads: neither those of the pool nor those that held BLAS down."""
+def _forget() -> None:
     global _pool
     _pool = None
-    here = threading.get_ident()
-    _limits[:] = [limit for limit in _limits if limit.holder == here]
-    _apply()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_forget)  # the threads stay with the parent
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, threads: int) -> None:
