@@ -98,7 +98,7 @@ def host_state() -> dict[str, Any]:
     return {
         "BLAS threads": [library.get_num_threads() for library in blas._libraries()],
         "Numba threads": numba.get_num_threads() if numba is not None and numba._is_initialized else None,
-        "environment": {k: v for k, v in getattr(os.environ, "_data", os.environ).items() if b"PYTEST_" not in k},
+        "environment": {k: v for k, v in os.environ._data.items() if b"PYTEST_" not in k},
         "signal mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else None,
         "interrupt": signal.getsignal(signal.SIGINT),
         "rounding": _C.fegetround() if hasattr(_C, "fegetround") else None,

@@ -77,13 +77,22 @@ def _libraries() -> list[Any]:
     return [library for library in controllers if library.user_api == "blas" and library.get_num_threads()]
 
 
+def _set(library: Any, threads: int) -> None:
+    """Newer versions of threadpoolctl obey the first Python thread that asks, and no other; here all are counted."""
+    if library.get_num_threads() != threads:
+        getattr(library, "_real_set_num_threads", library.set_num_threads)(threads)
+
+
 def _apply() -> None:
     """The smallest limit holds: BLAS has one number for the whole process."""
     least = min((limit.threads for limit in _limits), default=None)
     for library, own in _as_found:
-        wanted = own if least is None else least
-        if library.get_num_threads() != wanted:
-            library.set_num_threads(wanted)
+        _set(library, own if least is None else least)
+
+
+def _has_number_per_thread(library: Any) -> bool:
+    """OpenMP counts threads for each Python thread: no limit of another one is seen, none is left behind."""
+    return getattr(library, "threading_layer", None) == "openmp"
 
 
 @contextlib.contextmanager
@@ -95,11 +104,15 @@ def limit_blas(threads: int) -> Iterator[None]:
     """
     here = threading.get_ident()
     limit = _Limit(threads, here)
+    own = [(library, library.get_num_threads()) for library in _libraries() if _has_number_per_thread(library)]
     try:
+        for library, _ in own:
+            _set(library, threads)
         with _changed:
             _changed.wait_for(lambda: not _forks or any(outer.holder == here for outer in _limits))
             if not _limits:
-                _as_found[:] = [(library, library.get_num_threads()) for library in _libraries()]
+                shared = [library for library in _libraries() if not _has_number_per_thread(library)]
+                _as_found[:] = [(library, library.get_num_threads()) for library in shared]
             _limits.append(limit)
             _apply()
         yield
@@ -109,6 +122,8 @@ def limit_blas(threads: int) -> Iterator[None]:
                 _limits.remove(limit)
                 _apply()
                 _changed.notify_all()
+        for library, number in own:
+            _set(library, number)
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
