@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import os
 import pathlib
+import signal
 import sys
 import types
 import zlib
@@ -23,7 +25,7 @@ pytest.register_assert_rewrite("contract.checks")
 
 import fastdl as fd  # noqa: E402
 from fastdl.kernels import dispatch  # noqa: E402
-from fastdl.kernels.common import driver, numba_cuda, simd  # noqa: E402
+from fastdl.kernels.common import blas, driver, numba_cuda, simd  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------- poisoned memory
@@ -85,6 +87,40 @@ def _is_compiled(module: types.ModuleType) -> bool:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that depend on the test's name alone."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+# ---------------------------------------------------------------------------------------------- the host process
+_C = ctypes.CDLL(None)
+_TINY = 5e-324
+
+
+def host_state() -> dict[str, Any]:
+    """What belongs to the host, in 30 us: thread counts, environment, signals, floating-point mode, error states."""
+    numba = sys.modules.get("numba.np.ufunc.parallel")
+    return {
+        "BLAS threads": [library.get_num_threads() for library in blas._libraries()],
+        "Numba threads": numba.get_num_threads() if numba is not None and numba._is_initialized else None,
+        "environment": {k: v for k, v in os.environ._data.items() if b"PYTEST_" not in k},
+        "signal mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else None,
+        "interrupt": signal.getsignal(signal.SIGINT),
+        "rounding": _C.fegetround() if hasattr(_C, "fegetround") else None,
+        "traps": _C.fegetexcept() if hasattr(_C, "fegetexcept") else None,
+        "denormals": _TINY * (_TINY + 1.0) != 0.0,
+        "NumPy's error states": np.geterr(),
+        "NumPy's error handler": np.geterrcall(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def host_left_as_found() -> Iterator[None]:
+    """Every test leaves the process as it was, but for Numba's threads, which the first one starts."""
+    before = host_state()
+    yield
+    after = host_state()
+    if before["Numba threads"] is None:
+        after["Numba threads"] = None
+    changed = {name: (value, after[name]) for name, value in before.items() if after[name] != value}
+    assert not changed, f"(before, after): {changed}"
 
 
 # ---------------------------------------------------------------------------------------------- back ends
