@@ -24,10 +24,12 @@ ROOT = pathlib.Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 PURE = os.environ.get("FASTDL_PURE") == "1" or sys.platform == "win32"
 # -g0: the interpreter's own flags often ask for debug information, which doubles the time and the size
-CXX_FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+# hidden: a module exports its PyInit function alone
+CXX_FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+CXX_FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 # gcc 12 sees uninitialised operands in every unmasked AVX-512 intrinsic
 CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-C_FLAGS = ["-O2", "-g0", "-w"]  # what Cython writes warns about qualifiers, and nobody reads it
+C_FLAGS = ["-O2", "-g0", "-fvisibility=hidden", "-w"]  # what Cython writes warns about qualifiers, and nobody reads it
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 #: (name, number in kernels/common/level.h, flags)
@@ -39,6 +41,8 @@ if X86:
     ]
 #: What only some CPUs of the avx512 level have is a file of its own, with flags of its own.
 SPECIAL = {"bfloat16.cpp": ["-mavx512bf16"], "amx.cpp": ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
+#: What several families read: a change of it is a change of all of them.
+SHARED = ("common/*.h", "common/*.hpp", "common/*.pxi", "engine/*.h", "activations/table.h")
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -87,13 +91,18 @@ def sources(pattern: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"kernels/{pattern}"))]
 
 
+def families() -> list[str]:
+    """Folders of kernels/ that have a ``_cython.pyx``."""
+    return [path.split(os.sep)[1] for path in sources("*/_cython.pyx")]
+
+
 def extensions() -> list[Extension]:
-    """One extension per folder of kernels/ that has a ``_cython.pyx``."""
+    """One extension per family, or those of ``FASTDL_FAMILIES``."""
     if PURE:
         print("fastdl: building without compiled kernels", file=sys.stderr)
         return []
     chosen = os.environ.get("FASTDL_FAMILIES")
-    names = chosen.split(",") if chosen else [path.split(os.sep)[1] for path in sources("*/_cython.pyx")]
+    names = chosen.split(",") if chosen else families()
     return [
         Extension(
             f"fastdl.kernels.{name}._cython",
@@ -127,6 +136,7 @@ class BuildLevels(build_ext):
                 modules, compiler_directives=DIRECTIVES, build_dir="build/cython", quiet=True
             )
         super().finalize_options()
+        self.check_others()
         if self.parallel is None:
             self.parallel = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -136,6 +146,20 @@ class BuildLevels(build_ext):
             for ext, objects in pending:
                 ext.extra_objects = [*ext.extra_objects, *objects.result()]
         super().build_extensions()
+
+    def check_others(self) -> None:
+        """Stop where families that are not built now would be left with another layout of what all of them share."""
+        built_now = {ext.name for ext in self.distribution.ext_modules or ()}
+        others = [name for name in families() if f"fastdl.kernels.{name}._cython" not in built_now]
+        shared = [path for pattern in SHARED for path in sources(pattern)]
+        for name in others if built_now else ():
+            module = self.get_ext_fullpath(f"fastdl.kernels.{name}._cython")
+            newer = [path for path in shared if os.path.exists(module) and newer_group([path], module)]
+            if newer:
+                raise SystemExit(
+                    f"fastdl: {newer[0]} has changed since {name} was built, which FASTDL_FAMILIES leaves out; "
+                    "rebuild everything: python setup.py -q build_ext --inplace"
+                )
 
     def stale(self) -> list[Extension]:
         """Extensions with a native.cpp that are older than one of their sources or headers."""

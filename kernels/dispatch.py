@@ -55,10 +55,12 @@ def _load(backend: str) -> str:
             )
         from fastdl.kernels.common import simd
 
-        for module in _modules(backend):
+        modules = _modules(backend)
+        for module in modules:
             simd.attach(module)
-            for op, native in module.kernels().items():
-                registry.register(Impl(op, "cython", native=native))
+        natives = [item for module in modules for item in module.kernels().items()]
+        for op, native in natives:  # all or none: what fails is said again when it is asked for again
+            registry.register(Impl(op, "cython", native=native))
         return "available"
     if backend == "numba" and importlib.util.find_spec("numba") is None:
         return "the package numba is not installed; run `pip install numba`"

@@ -52,15 +52,15 @@ cdef int fill_array(fd_array* to, object array) except -1:
         to.data = <char*>view.buf
         to.itemsize = view.itemsize
         if is_panels:
-            to.rows, to.cols = array.rows, array.cols
+            to.max_rows, to.cols = array.rows, array.cols
             to.row_stride, to.col_stride, to.panel_stride = 32, 1, view.shape[1] * 32
             return 0
         if view.ndim == 2:
-            to.rows, to.cols = view.shape[0], view.shape[1]
+            to.max_rows, to.cols = view.shape[0], view.shape[1]
             to.row_stride = view.strides[0] // view.itemsize
             to.col_stride = view.strides[1] // view.itemsize
         elif view.ndim <= 1:
-            to.rows, to.cols = 1, view.shape[0] if view.ndim else 1
+            to.max_rows, to.cols = 1, view.shape[0] if view.ndim else 1
             to.row_stride = to.cols
             to.col_stride = view.strides[0] // view.itemsize if view.ndim else 1
         else:
@@ -86,6 +86,11 @@ cdef int fill_call(fd_call* call, object capsule, object arrays, object ints, ob
     for k in range(len(floats)):
         call.f[k] = floats[k]
     return 0
+
+
+def fits(capsule) -> bool:
+    """Whether a kernel was built against the ABI that this module was built against."""
+    return PyCapsule_IsValid(capsule, FD_KERNEL_CAPSULE)
 
 
 def uses_shared(capsule) -> bool:
@@ -126,7 +131,7 @@ cdef class Workspace:
         return 0
 
 
-cdef list _idle = []  # workspaces of eager calls; taken and put back under the GIL
+cdef list _idle = []  # workspaces of eager calls
 
 
 cdef int64_t scratch_bytes(const fd_call* call, int64_t rows) noexcept:
@@ -176,7 +181,10 @@ def invoke(capsule, tuple arrays, tuple ints, tuple floats, int64_t rows, int th
     eager.run = run_block(rows, step, epoch, first_row, total_rows, offset, update, lr, scale)
     threads = max(1, min(threads, FD_MAX_THREADS))
     needs(&call, rows, &private_bytes, &shared_bytes)
-    space = <Workspace>_idle.pop() if _idle else Workspace()
+    try:
+        space = <Workspace>_idle.pop()  # one step: without the GIL another thread may take the last one
+    except IndexError:
+        space = Workspace()
     try:
         space.reserve(private_bytes, shared_bytes, threads)
         with nogil:
