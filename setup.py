@@ -2,6 +2,8 @@
 
 ``FASTDL_PURE=1``          no extensions: NumPy and Numba back ends alone (``fd.backends()`` says so)
 ``FASTDL_FAMILIES=a,b``    build these folders of kernels/ alone (with ``build_ext --inplace``, while working on one)
+
+``CXX=clang++ python setup.py -q syntax`` asks another compiler about every C++ file at every level, and makes nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
@@ -28,7 +31,7 @@ PURE = os.environ.get("FASTDL_PURE") == "1" or sys.platform == "win32"
 CXX_FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 # gcc 12 sees uninitialised operands in every unmasked AVX-512 intrinsic
-CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 C_FLAGS = ["-O2", "-g0", "-fvisibility=hidden", "-w"]  # what Cython writes warns about qualifiers, and nobody reads it
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
@@ -41,6 +44,7 @@ if X86:
     ]
 #: What only some CPUs of the avx512 level have is a file of its own, with flags of its own.
 SPECIAL = {"bfloat16.cpp": ["-mavx512bf16"], "amx.cpp": ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
+INCLUDE = ["kernels/common", "kernels"]
 #: What several families read: a change of it is a change of all of them.
 SHARED = ("common/*.h", "common/*.hpp", "common/*.pxi", "engine/*.h", "activations/table.h")
 DIRECTIVES = {
@@ -107,7 +111,7 @@ def extensions() -> list[Extension]:
         Extension(
             f"fastdl.kernels.{name}._cython",
             [f"kernels/{name}/_cython.pyx"],
-            include_dirs=["kernels/common", "kernels"],
+            include_dirs=INCLUDE,
             depends=[
                 *sources(f"{name}/native.cpp"),
                 *(path for special in SPECIAL for path in sources(f"{name}/{special}")),
@@ -189,6 +193,31 @@ class BuildLevels(build_ext):
         )
 
 
+class CheckSyntax(Command):
+    """Every C++ file at every level through the front end of ``CXX``: what one compiler takes another may refuse."""
+
+    description = "check the C++ files with the compiler CXX, without making anything"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        units = [(path, number, flags) for path in sources("*/native.cpp") for _, number, flags in LEVELS]
+        if X86:
+            _, number, flags = LEVELS[-1]
+            units += [(path, number, [*flags, *more]) for s, more in SPECIAL.items() for path in sources(f"*/{s}")]
+        refused = 0
+        for path, number, flags in units:
+            options = ["-fsyntax-only", f"-DFD_LEVEL={number}", *(f"-I{folder}" for folder in INCLUDE)]
+            command = [*compiler("C++"), *options, *CXX_FLAGS, *flags, path]
+            refused += subprocess.run(command, cwd=ROOT, check=False).returncode != 0
+        print(f"{compiler('C++')[0]}: {len(units) - refused} of {len(units)} translation units are sound")
+        if refused:
+            raise SystemExit(1)
+
+
 setup(
     packages=[
         *find_packages(include=["fastdl", "fastdl.*"]),
@@ -197,5 +226,5 @@ setup(
     ],
     package_dir={"fastdl.kernels": "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildLevels},
+    cmdclass={"build_ext": BuildLevels, "syntax": CheckSyntax},
 )

@@ -78,7 +78,7 @@ def test_a_module_that_fails_leaves_none_registered(monkeypatch: pytest.MonkeyPa
 def test_another_table_of_activations_is_refused() -> None:
     from fastdl.kernels.activations import _cython as activations
 
-    with pytest.raises(ImportError, match="another activations/table.h than their user; rebuild everything"):
+    with pytest.raises(ImportError, match=r"another activations/table\.h than their user; rebuild everything"):
         activations.table(8)
 
 
