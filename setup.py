@@ -2,6 +2,7 @@
 
 ``FASTDL_PURE=1``          no extensions: NumPy and Numba back ends alone (``fd.backends()`` says so)
 ``FASTDL_FAMILIES=a,b``    build these folders of kernels/ alone (with ``build_ext --inplace``, while working on one)
+``FASTDL_FLAGS="..."``     compiler and linker flags after all others (tests/sanitize.sh)
 
 ``CXX=clang++ python setup.py -q syntax`` asks another compiler about every C++ file at every level, and makes nothing.
 """
@@ -33,6 +34,7 @@ CXX_FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 # gcc 12 sees uninitialised operands in every unmasked AVX-512 intrinsic
 CXX_FLAGS += ["-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 C_FLAGS = ["-O2", "-g0", "-fvisibility=hidden", "-w"]  # what Cython writes warns about qualifiers, and nobody reads it
+MORE_FLAGS = os.environ.get("FASTDL_FLAGS", "").split()
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 #: (name, number in kernels/common/level.h, flags)
@@ -134,8 +136,8 @@ class BuildLevels(build_ext):
 
             check_tools()
             for ext in modules:
-                ext.extra_compile_args = [*C_FLAGS, "-pthread"]
-                ext.extra_link_args = ["-pthread", "-lc++" if sys.platform == "darwin" else "-lstdc++"]
+                ext.extra_compile_args = [*C_FLAGS, "-pthread", *MORE_FLAGS]
+                ext.extra_link_args = ["-pthread", "-lc++" if sys.platform == "darwin" else "-lstdc++", *MORE_FLAGS]
             self.distribution.ext_modules = cythonize(
                 modules, compiler_directives=DIRECTIVES, build_dir="build/cython", quiet=True
             )
@@ -189,7 +191,7 @@ class BuildLevels(build_ext):
             output_dir=os.path.join(self.build_temp, name),
             macros=[("FD_LEVEL", str(number))],
             include_dirs=ext.include_dirs,
-            extra_postargs=[*CXX_FLAGS, *flags],
+            extra_postargs=[*CXX_FLAGS, *flags, *MORE_FLAGS],
         )
 
 
