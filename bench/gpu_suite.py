@@ -97,9 +97,9 @@ def correctness() -> Iterator[Result]:
     suites = {
         "ops against the reference": ["tests/contract/test_matches_reference.py", "-k", "cuda"],
         "special values, arguments": ["tests/contract/test_special_values.py", "-k", "cuda"],
-        "whole steps and epochs": ["tests/test_cuda_training.py", "-k", "not interpreted"],
-        "drift and masks": ["tests/test_training_drift.py"],
-        "products of cuBLASLt": ["tests/test_cublaslt.py"],
+        "whole steps and epochs": ["tests/cuda/test_training.py", "-k", "not interpreted"],
+        "drift and masks": ["tests/api/test_training_drift.py"],
+        "products of cuBLASLt": ["tests/cuda/test_cublaslt.py"],
     }
     for name, arguments in suites.items():
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
@@ -195,7 +195,7 @@ def _steps(name: str, count: int, width: int, batch: int, dtype: str, bars: dict
     kind = "mixed_bfloat16" if dtype == "bfloat16" else dtype
     net.compile("softmax_cross_entropy", backend="cuda", dtype=kind).build(width)
     net.train_on_batch(X, y)
-    bound = net._runtime.train(batch, Feed(labels=True))
+    bound = net._runtime.working().train(batch, Feed(labels=True))
     graph = bound.executor.graph_of_step()
     graph.replay(5)
     ours = statistics.median(bound.executor.device.seconds(graph, 20) / 20 for _ in range(9))

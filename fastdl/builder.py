@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +11,22 @@ import numpy as np
 from fastdl.fuse import fuse
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
+from fastdl.layout import DEVICE_MULTIPLE, ArenaLayout, Layout
 from fastdl.losses import Loss
 from fastdl.optimizers import Optimizer
 from fastdl.program import Buffer, Call, Program, Segment
-from fastdl.run.arena import Arena, aligned
-from fastdl.run.bind import bind
-from fastdl.run.executor import Executor
-from fastdl.run.storage import Memory
 from fastdl.trace import Trace
 
-#: Elements between the starts of two parameters on a GPU: a line of 128 bytes, of a bfloat16 copy too.
-DEVICE_MULTIPLE = 64
+
+def named(layers: Sequence[Layer]) -> list[tuple[str, Layer]]:
+    """Layers with their names in a model: ``dense_0``, ``dense_1``, ..."""
+    counts: dict[str, int] = {}
+    pairs = []
+    for layer in layers:
+        number = counts.get(layer.prefix, 0)
+        counts[layer.prefix] = number + 1
+        pairs.append((f"{layer.prefix}_{number}", layer))
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -38,29 +43,8 @@ class Feed:
     labels: bool = False
 
 
-@dataclass
-class Bound:
-    """An executor with the buffers that its user needs to know."""
-
-    executor: Executor
-    x: Buffer  # slot
-    y: Buffer  # output of the last layer; a slot for prediction
-    direct: Callable[[Any], np.ndarray | None] | None = None  # predict's shorter way, see Executor.direct
-    targets: Buffer | None = None  # slot
-    weight: Buffer | None = None  # slot
-    dy: Buffer | None = None  # slot
-    dx: Buffer | None = None
-
-    def feed(self, x: np.ndarray, targets: np.ndarray, weight: np.ndarray | None) -> None:
-        """Bind the caller's arrays: a data set or one batch."""
-        self.executor.slot(self.x, x)
-        self.executor.slot(self.targets, targets)
-        if weight is not None:
-            self.executor.slot(self.weight, weight)
-
-
 class Builder:
-    """Traces a model's layers into Programs and keeps its memory.
+    """Traces a model's layers into Programs, on paper.
 
     Parameters
     ----------
@@ -78,57 +62,49 @@ class Builder:
         self.segments: dict[str, Segment] = {}
         self.states: dict[str, Segment] = {}
         trace = Trace(True, seed, self.segments, self.states)
-        self.outputs = [b.shape[0] for b in self._walk(trace, trace.batch("x", width))]
+        #: width of each layer's output
+        self.outputs: list[int] = []
+        #: names of each layer's parameters and running statistics
+        self.tensors: list[list[str]] = []
+        x = trace.batch("x", width)
+        for name, layer in layers:
+            first = len(trace.made)
+            x = layer.trace(trace, x, name)
+            self.outputs.append(x.shape[0])
+            self.tensors.append(trace.made[first:])
+        #: the op that makes the output, in training
+        self.last_op = next((c.op for c in reversed(trace.calls) if c.op != "identity_forward"), "")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters and running statistics, layer by layer."""
+        return [name for names in self.tensors for name in names]
 
     @property
     def out_width(self) -> int:
         return self.outputs[-1] if self.outputs else self.width
 
-    def _walk(self, trace: Trace, x: Buffer) -> list[Buffer]:
-        """Trace every layer; the output of each."""
-        outputs = []
+    def _walk(self, trace: Trace, x: Buffer) -> Buffer:
+        """Trace every layer; the output of the last."""
         for name, layer in self.layers:
             x = layer.trace(trace, x, name)
-            outputs.append(x)
-        return outputs
+        return x
 
     # ------------------------------------------------------------------ memory
-    def memory(
-        self, panel_layout: bool, optimizer: Optimizer | None, device: Any = None
-    ) -> tuple[Memory, dict[str, np.ndarray]]:
-        """Arenas for this model: parameters and states, zero gradients, zero optimiser states.
-
-        With a ``device`` they have a copy in its memory.
-        """
-        multiple = 1 if device is None else DEVICE_MULTIPLE
-        parameters = Arena(list(self.segments.values()), self.dtype, panel_layout, multiple)
-        states = Arena(list(self.states.values()), self.dtype, panel_layout, multiple)
-        gradients = aligned(parameters.size, self.dtype)
-        version, mirror = np.zeros(1, np.int64), None
-        if device is not None:
-            from fastdl.cuda.mirror import Mirror
-
-            mirror = Mirror(device, version)
-        memory = Memory(
-            parameters,
-            gradients,
-            states,
-            self.dtype,
-            panel_layout,
-            {},
-            mixed=self.mixed,
-            mirror=mirror,
-            version=version,
-        )
-        moments = {name: aligned(parameters.size, self.dtype) for name in (optimizer.states if optimizer else ())}
-        return memory, moments
+    def layout(self, backend: str, mixed: bool | None = None) -> Layout:
+        """How a back end lays the model out; ``mixed`` is that of the model unless given."""
+        device = backend == "cuda"
+        panel_layout, multiple = backend == "cython", DEVICE_MULTIPLE if device else 1
+        parameters = ArenaLayout(self.segments.values(), panel_layout, multiple)
+        states = ArenaLayout(self.states.values(), panel_layout, multiple)
+        mixed = self.mixed if mixed is None else mixed
+        return Layout(parameters, states, self.dtype, panel_layout, mixed, device)
 
     # ------------------------------------------------------------------ programs
     def _trace(self, training: bool) -> tuple[Trace, Buffer, Buffer]:
         trace = Trace(training, self.seed, self.segments, self.states)
         x = trace.batch("x", self.width)
-        outputs = self._walk(trace, x)
-        return trace, x, outputs[-1] if outputs else x
+        return trace, x, self._walk(trace, x)
 
     def _feed(self, x: Buffer, feed: Feed, loss: Loss | None) -> tuple[list[Call], dict[str, Buffer | None]]:
         """Calls that bring a batch in, and the buffers: x, targets, weight (slots) and those that the loss reads."""
@@ -161,25 +137,31 @@ class Builder:
             calls.append(Call("gather_values", buffers, {}, "feed"))
         return calls, found
 
+    def _scores(self, trace: Trace, y: Buffer, loss: Loss) -> Buffer:
+        """What the loss reads: where the net ends with the activation that the loss applies itself, what goes into it.
+
+        The loss of softmax's input is exact where that of its output underflows; `predict` has the activation.
+        """
+        op = f"{loss.activation}_forward"
+        return trace.undo(op) if op == self.last_op else y
+
     def _loss(self, loss: Loss, z: Buffer, fed: dict[str, Buffer | None], dz: Buffer | None) -> Call:
         stats = Buffer("loss", (3,), "cell", "f8")
         buffers = {"z": z, "targets": fed["targets"], "weight": fed["weight"], "stats": stats, "dz": dz}
         soft = loss.onehot_op is not None and fed["targets"].dtype == "T"
         return Call(loss.onehot_op if soft else loss.op, buffers, {}, "loss")
 
-    def _update(self, optimizer: Optimizer, memory: Memory, moments: dict[str, np.ndarray]) -> list[Call]:
+    def _update(self, optimizer: Optimizer, layout: Layout) -> list[Call]:
         """One sweep per group of settings over the flat arenas, clipped by the global norm if asked for."""
-        arena = memory.parameters
+        arena = layout.parameters
         calls, scale = [], None
 
-        def flat(name: str, values: np.ndarray, first: int, last: int) -> Buffer:
-            buffer = Buffer(name, (last - first,), "flat")
-            memory.flats[buffer] = values[first:last]
-            return buffer
+        def flat(name: str, span: tuple[str, int, int]) -> Buffer:
+            return Buffer(name, (span[2] - span[1],), "flat", span=span)
 
         if optimizer.clip_norm is not None:
             total, scale = Buffer("squared norm", (1,), "cell", "f8"), Buffer("clip scale", (1,), "cell", "f8")
-            g = flat("gradients", memory.gradients, 0, arena.size)
+            g = flat("gradients", ("gradients", 0, arena.size))
             calls.append(Call("squared_norm", {"g": g, "total": total}, {}, "update"))
             params = {"max_norm": float(optimizer.clip_norm)}
             calls.append(Call("clip_scale", {"total": total, "scale": scale}, params, "update"))
@@ -190,10 +172,10 @@ class Builder:
             if group == "vectors":  # no decay on biases, batch normalisation and slopes
                 params |= {"l2": 0.0, "weight_decay": 0.0}
             buffers = {
-                "w": flat(f"{group}", arena.values, first, last),
-                "g": flat(f"d {group}", memory.gradients, first, last),
+                "w": flat(group, ("parameters", first, last)),
+                "g": flat(f"d {group}", ("gradients", first, last)),
                 "clip": scale,
-                **{name: flat(f"{name} {group}", values, first, last) for name, values in moments.items()},
+                **{name: flat(f"{name} {group}", (name, first, last)) for name in optimizer.states},
             }
             calls.append(Call(optimizer.op, buffers, params, "update"))
         return calls
@@ -204,26 +186,25 @@ class Builder:
         feed: Feed,
         loss: Loss,
         optimizer: Optimizer,
-        memory: Memory,
-        moments: dict[str, np.ndarray],
+        layout: Layout,
         fused: bool = True,
     ) -> tuple[Program, dict[str, Any]]:
         """Feed, forward, loss, backward, update: a whole training step."""
         trace, x, y = self._trace(True)
+        y = self._scores(trace, y, loss)
         calls, fed = self._feed(x, feed, loss)
         calls += trace.calls
         calls.append(self._loss(loss, y, fed, trace.gradient_of(y)))
         trace.calls = []
         trace.backward(y, x)
-        calls += trace.calls + self._update(optimizer, memory, moments)
-        return self._program("training", rows, calls, memory, fused), {**fed, "y": y}
+        calls += trace.calls + self._update(optimizer, layout)
+        return self._program("training", rows, calls, layout, fused), {**fed, "y": y}
 
     def loop(
         self,
         rows: int,
         optimizer: Optimizer | None,
-        memory: Memory,
-        moments: dict[str, np.ndarray],
+        layout: Layout,
         fused: bool = True,
     ) -> tuple[Program, dict[str, Any]]:
         """Forward, backward to the input and update, for loops of the user's own."""
@@ -236,19 +217,19 @@ class Builder:
         trace.backward(y, None)
         calls += trace.calls
         if optimizer is not None:
-            calls += self._update(optimizer, memory, moments)
+            calls += self._update(optimizer, layout)
         found = {**fed, "y": y, "dy": dy, "dx": trace.gradient_of(x)}
-        return self._program("loop", rows, calls, memory, fused), found
+        return self._program("loop", rows, calls, layout, fused), found
 
-    def predict(self, rows: int, memory: Memory, fused: bool = True) -> tuple[Program, dict[str, Any]]:
+    def predict(self, rows: int, layout: Layout, fused: bool = True) -> tuple[Program, dict[str, Any]]:
         """Forward from the caller's rows into the result's: nothing is copied at either end."""
         trace = Trace(False, self.seed, self.segments, self.states)
         x, y = Buffer("X", (self.width,), "slot"), Buffer("Y", (self.out_width,), "slot")
-        rounds = memory.mixed and memory.mirror is not None  # slots are float32, what lies between them bfloat16
+        rounds = layout.mixed and layout.device  # slots are float32, what lies between them bfloat16
         first = trace.batch("x", self.width) if rounds else x
         if rounds:
             trace.call("identity_forward", phase="feed", x=x, y=first)
-        last = [first, *self._walk(trace, first)][-1]
+        last = self._walk(trace, first)
         if rounds or last is x:  # or no layer does anything here
             trace.call("identity_forward", x=last, y=y)
             calls = trace.calls
@@ -256,33 +237,19 @@ class Builder:
             calls = [
                 replace(c, buffers={name: y if b is last else b for name, b in c.buffers.items()}) for c in trace.calls
             ]
-        return self._program("predict", rows, calls, memory, fused), {"x": x, "y": y}
+        return self._program("predict", rows, calls, layout, fused), {"x": x, "y": y}
 
     def evaluate(
-        self, rows: int, feed: Feed, loss: Loss, memory: Memory, fused: bool = True
+        self, rows: int, feed: Feed, loss: Loss, layout: Layout, fused: bool = True
     ) -> tuple[Program, dict[str, Any]]:
         """Forward with running statistics, and the loss without its gradient."""
         trace, x, y = self._trace(False)
+        y = self._scores(trace, y, loss)
         calls, fed = self._feed(x, feed, loss)
         calls += trace.calls
         calls.append(self._loss(loss, y, fed, None))
-        return self._program("evaluate", rows, calls, memory, fused), {**fed, "y": y}
+        return self._program("evaluate", rows, calls, layout, fused), {**fed, "y": y}
 
-    def _program(self, name: str, rows: int, calls: list[Call], memory: Memory, fused: bool) -> Program:
+    def _program(self, name: str, rows: int, calls: list[Call], layout: Layout, fused: bool) -> Program:
         program = Program(name, rows, calls, self.dtype.itemsize)
-        return fuse(program, memory.panel_layout, memory.mirror is not None) if fused else program
-
-    def bound(self, made: tuple[Program, dict[str, Any]], memory: Memory, backend: str, threads: int) -> Bound:
-        """Bind a Program that this builder made."""
-        program, found = made
-        keep = [b for b in (found["y"], found.get("dx")) if b is not None]
-        executor = bind(program, memory, backend, threads, keep)
-        return Bound(
-            executor,
-            found["x"],
-            found["y"],
-            targets=found.get("target_slot"),
-            weight=found.get("weight_slot"),
-            dy=found.get("dy"),
-            dx=found.get("dx"),
-        )
+        return fuse(program, layout.panel_layout, layout.device) if fused else program

@@ -11,6 +11,10 @@ class BackendUnavailable(FastdlError, RuntimeError):
     """A back end was asked for that cannot run here; the message says why."""
 
 
+class TrainingInProgress(FastdlError, RuntimeError):
+    """A net was asked to move to other memory while it is training."""
+
+
 class ModelFileError(FastdlError, ValueError):
     """A model file is truncated, damaged, foreign, or of another version."""
 

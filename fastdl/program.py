@@ -35,15 +35,18 @@ class Buffer:
         Trailing shape for batch buffers (the rows come from the run-time block), the whole shape for the others.
     kind : {"batch", "parameter", "gradient", "state", "slot", "cell", "flat", "folded"}
         ``slot``: the caller's array, bound before a run. ``cell``: small values of a fixed size, e.g. the loss.
-        ``flat``: a stretch of an arena. ``folded``: made from parameters and states by the phase `FOLD`, one tensor
-        of a name for all Programs of a model.
+        ``flat``: the stretch ``span`` of an arena. ``folded``: made from parameters and states by the phase `FOLD`, one
+        tensor of a name for all Programs of a model.
     dtype : {"T", "f8", "i8"}
+    span : (arena, first, last), optional
+        The arena is "parameters", "gradients" or the name of an optimiser's state.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str = "batch"
     dtype: str = "T"
+    span: tuple[str, int, int] | None = None
 
     @property
     def is_matrix(self) -> bool:

@@ -37,7 +37,9 @@ class Trace:
         self.segments = {} if segments is None else segments
         self.states = {} if states is None else states
         self.calls: list[Call] = []
+        self.made: list[str] = []  #: names of the tensors that this trace was the first to ask for
         self._tape: list[Call] = []
+        self._used: set[Buffer] = set()
         self._names: dict[str, int] = {}
         self._stochastic = 0
         self._gradients: dict[Buffer, Buffer] = {}
@@ -63,6 +65,7 @@ class Trace:
         found = table.get(name)
         if found is None:
             found = table[name] = Segment(Buffer(name, shape, kind), initializer, decay)
+            self.made.append(name)
         elif found.buffer.shape != shape:
             raise ValueError(f"{name}: expected shape {found.buffer.shape} as built, found {shape}")
         return found.buffer
@@ -83,12 +86,35 @@ class Trace:
     def call(
         self, op: str, params: dict[str, Any] | None = None, phase: str = "forward", **buffers: Buffer | None
     ) -> Call:
-        """Append a call; a forward call with gradients is remembered for `backward`."""
+        """Append a call; a forward call with gradients is remembered for `backward`.
+
+        Raises
+        ------
+        ValueError
+            A parameter is used a second time: each use would need a gradient of its own, and they would have to be
+            added.
+        """
         made = Call(op, buffers, params or {}, phase)
         self.calls.append(made)
         if phase == "forward" and self.training:
             self._tape.append(made)
+            for parameter in dict.fromkeys(b for b in made.reads if b.kind == "parameter"):
+                if parameter in self._used:
+                    raise ValueError(
+                        f"{parameter.name}: expected a parameter to be used once, found a second use in {op}; "
+                        "give each use a parameter of its own"
+                    )
+                self._used.add(parameter)
         return made
+
+    def undo(self, op: str) -> Buffer:
+        """Take back the last call of ``op``, which only copies may follow; returns what it would have read."""
+        while True:
+            last = self.calls.pop()
+            if self.training:
+                self._tape.pop()
+            if last.op == op:
+                return last.buffers["x"]
 
     # ------------------------------------------------------------------ backward
     def gradient_of(self, buffer: Buffer) -> Buffer:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fnmatch
 import pathlib
 import sys
 import types
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `contract` is a package of helpers, too
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "cuda")]  # the packages of helpers: `api`, `contract` and `gpu`
+sys.path.append(str(HERE.parent))  # the package `bench`, wherever pytest starts
 pytest.register_assert_rewrite("contract.checks")
 
 import fastdl as fd  # noqa: E402
@@ -168,9 +172,15 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     simd.select(before)
 
 
-# ---------------------------------------------------------------------------------------------- the full matrix
+# ---------------------------------------------------------------------------------------------- options
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the whole contract matrix, not the slice for CI")
+    parser.addoption(
+        "--expect-skips",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="fail if tests were skipped for a reason that FILE does not list, or more often than it says",
+    )
 
 
 def _is_full(config: pytest.Config) -> bool:
@@ -185,6 +195,7 @@ def full_matrix(pytestconfig: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "best_level: the compiled back end runs at the best SIMD level alone")
+    config.pluginmanager.register(Skips(config.getoption("--expect-skips")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -195,3 +206,59 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+# ---------------------------------------------------------------------------------------------- skips
+class Skips:
+    """Counts skips by their reason, for the end of the report and for ``--expect-skips``.
+
+    A line of the file is a number and a pattern of `fnmatch`: so many tests at most may be skipped for the reasons that
+    match. A reason belongs to the first line that it matches.
+    """
+
+    def __init__(self, expected: pathlib.Path | None) -> None:
+        self.reasons: Counter[str] = Counter()
+        lines = expected.read_text().splitlines() if expected else []
+        pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))
+        self.expected = {pattern: int(most) for most, pattern in pairs} if expected else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._count(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._count(report)
+
+    def _count(self, report: Any) -> None:
+        _, _, reason = report.longrepr
+        self.reasons[reason.removeprefix("Skipped: ").partition("\n")[0]] += 1
+
+    def unexpected(self) -> list[str]:
+        """What the file does not allow."""
+        if self.expected is None:
+            return []
+        counts = dict.fromkeys(self.expected, 0)
+        wrong = []
+        for reason, count in self.reasons.items():
+            pattern = next((p for p in counts if fnmatch.fnmatchcase(reason, p)), None)
+            if pattern is None:
+                wrong.append(f"{count} skipped for a reason that is not listed: {reason}")
+            else:
+                counts[pattern] += count
+        for pattern, count in counts.items():
+            if count > self.expected[pattern]:
+                wrong.append(f"{count} skipped, at most {self.expected[pattern]} expected: {pattern}")
+        return wrong
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus == pytest.ExitCode.OK and self.unexpected():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.reasons:
+            terminalreporter.section("skips by reason")
+        for reason, count in self.reasons.most_common():
+            terminalreporter.line(f"{count:6d}  {reason}")
+        for line in self.unexpected():
+            terminalreporter.line(f"NOT EXPECTED: {line}", red=True)

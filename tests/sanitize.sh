@@ -25,12 +25,12 @@ case "${1:-}" in
     # -fno-wrapv: Python's own flags let integers wrap, and an overflow goes unseen
     flags="-fsanitize=address,undefined -fno-wrapv"
     preload="$(library asan) $(library ubsan) $(library stdc++)"
-    tests=(tests/contract tests/test_engine.py tests/test_single_step.py tests/test_predict.py tests/api)
+    tests=(tests/contract tests/test_abi.py tests/api/test_{engine,single_step,predict,shares,runtime_block}.py)
     ;;
   thread)
     flags="-fsanitize=thread"
     preload="$(library tsan)"
-    tests=(tests/contract/test_threads.py tests/test_engine.py)
+    tests=(tests/contract/test_threads.py tests/api/test_engine.py)
     ;;
   *)
     sed -n '4,5s/^# *//p' "$0" >&2
@@ -61,7 +61,7 @@ export TSAN_OPTIONS="$common:die_after_fork=0:suppressions=$work/suppressions:re
 # A fixed layout of addresses: ThreadSanitizer has none to spare. Own LD_PRELOADs (test_no_allocation) would lose ours.
 status=0
 setarch "$(uname -m)" -R env LD_PRELOAD="$preload" "$python" -m pytest -q -p no:cacheprovider -k "not numba and not cuda" \
-  --deselect tests/test_engine.py::test_no_allocation "${tests[@]}" || status=$?
+  --deselect tests/api/test_engine.py::test_no_allocation "${tests[@]}" || status=$?
 if compgen -G "reports/*" >/dev/null; then
   cat reports/*
   status=1

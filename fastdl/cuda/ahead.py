@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastdl import layers, losses, optimizers
+from fastdl.cuda import dry
 from fastdl.cuda.plan import Paper
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.activations.reference import ACTIVATIONS
@@ -47,9 +48,9 @@ def _of_nets() -> Iterator[Launch | Product]:
         nets += [(small, loss, by, True) for loss, by in itertools.product(losses.KNOWN, ("sgd", "adamw", moving))]
         for stack, loss, by, fuse in nets:
             net = Sequential(stack, seed=0).compile(loss, by, backend="numpy", fuse=fuse).build(width)
-            yield from net._runtime.launches(rows, mixed=False)
+            yield from dry.launches(net._runtime.builder, net._settings, rows, mixed=False)
             if fuse:
-                yield from net._runtime.launches(rows, mixed=True, library=_Plain())
+                yield from dry.launches(net._runtime.builder, net._settings, rows, mixed=True, library=_Plain())
 
 
 def _of_calls() -> Iterator[Launch]:

@@ -85,7 +85,7 @@ class CudaExecutor(Executor):
     def _dtype(self, buffer: Buffer, array: registry.Array | None = None) -> np.dtype | str:
         """Matrices that calls hand on are bfloat16 in a mixed Program, and so are parameters as products read them."""
         kind = np.dtype(registry.DTYPES[buffer.dtype] or np.float32)
-        if not self.memory.mixed or buffer.dtype != "T":
+        if not self.memory.layout.mixed or buffer.dtype != "T":
             return kind
         if buffer.kind == "batch":
             return kind if buffer in self._single else "bfloat16"
@@ -118,7 +118,7 @@ class CudaExecutor(Executor):
 
     def rounded(self, buffer: Buffer) -> View | None:
         """The copy that products of bfloat16 read: parameters have one, what is folded has none."""
-        if not self.memory.mixed or buffer.kind == "folded":
+        if not self.memory.layout.mixed or buffer.kind == "folded":
             return None
         address = self.memory.mirror.rounded_address(super().stored(buffer))
         return View(address, buffer.shape, 1, "bfloat16", buffer.name)
@@ -228,7 +228,6 @@ class CudaExecutor(Executor):
         try:
             yield
         finally:
-            self.memory.mirror.wrote()
             self.totals[:] = self.device.read(self.sums.address, np.float64, 4)
             while self._slices:
                 self.device.wait(self._slices.popleft())
@@ -241,7 +240,9 @@ class CudaExecutor(Executor):
         if "epoch" not in plan.graphs:
             following = next_step_launch(plan.planner, self.view(self.stats), self.sums)
             plan.graphs["epoch"] = self.device.graph([*plan.launches(*PHASES), following])
+        self.memory.mirror.push()  # weights that somebody has assigned between two slices
         plan.graphs["epoch"].replay(times)
+        self.memory.mirror.wrote()
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         """Queue replays; waits for those of the call before, so that the GPU has work and Ctrl-C not long to wait."""

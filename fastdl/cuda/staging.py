@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from fastdl.builder import Bound
 from fastdl.cuda.executor import CudaExecutor
 from fastdl.cuda.mirror import Pool
 from fastdl.kernels import registry
 from fastdl.kernels.common.gpu import View
 from fastdl.program import Buffer
 from fastdl.run.executor import Run
+from fastdl.run.placement import Bound
 
 #: Share of the free memory that a data set may take: the rest is for other batch sizes, prediction and validation.
 SHARE = 0.8
@@ -42,7 +42,7 @@ class Half:
 
 
 class Staged:
-    """What `fastdl.run.trainer.train` asks of an executor, for arrays of the host.
+    """What `fastdl.run.trainer.Trainer` asks of an executor, for arrays of the host.
 
     Parameters
     ----------

@@ -8,6 +8,7 @@ author.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ import numpy as np
 
 from fastdl.errors import ModelFileError
 
-#: Raised when a file of today could no longer be read as it was meant.
-VERSION = 1
+#: Raised when a file of today could no longer be read as it was meant; older ones are read. 2: what the optimiser
+#: remembers and how far the training has come.
+VERSION = 2
 KEY = "fastdl"
 
 
@@ -51,10 +53,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], descr
     header = {"version": VERSION, "sha256": digest(tensors), "description": description}
     # safetensors copies the memory as it lies, so every array must be dense and in row order
     dense = {name: np.require(value, requirements="C") for name, value in tensors.items()}
-    data = safetensors.numpy.save(dense, {KEY: json.dumps(header, allow_nan=False)})
+    data = safetensors.numpy.save(dense, {KEY: json.dumps(header, allow_nan=False, default=_plain)})
 
-    target = pathlib.Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    target, temporary = _places(path)
     try:
         # "x": the usual permissions of a new file, which tempfile would narrow to the owner
         with open(temporary, "xb") as file:
@@ -69,6 +70,36 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], descr
     _sync_folder(target.parent)
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as JSON has them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written to a model file as JSON")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the OSError that `write` would meet, before a training of hours: a file is made beside, and removed."""
+    _, temporary = _places(path)
+    try:
+        with open(temporary, "xb"):
+            pass
+        temporary.unlink()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def _places(path: str | os.PathLike[str]) -> tuple[pathlib.Path, pathlib.Path]:
+    """The file that a path means, and one beside it to write first."""
+    name, target = os.fspath(path), pathlib.Path(os.path.realpath(path))
+    if not name or target.is_dir() or name.endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, "a file name is needed, this is a folder", name)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", name)
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "no regular file; it would be replaced", name)
+    return target, target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+
+
 def _sync_folder(folder: pathlib.Path) -> None:
     """Make the rename itself durable. Windows has no such call."""
     if os.name == "nt":
@@ -80,13 +111,15 @@ def _sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
     """Read a model file.
 
     Returns
     -------
     tensors : dict name -> array
     description : dict
+    version : int
+        Of the file.
 
     Raises
     ------
@@ -115,10 +148,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     try:
         header = json.loads(metadata[KEY])
         version, expected, description = header["version"], header["sha256"], header["description"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(f"{name}: the description of the net cannot be read ({error})") from None
-    if version != VERSION:
-        raise ModelFileError(f"{name}: file version {version}, this fastdl reads version {VERSION}")
+    if version not in range(1, VERSION + 1):
+        raise ModelFileError(f"{name}: file version {version}, this fastdl reads versions 1 to {VERSION}")
     if digest(tensors) != expected:
         raise ModelFileError(f"{name}: the weights do not match their checksum: the file is damaged")
-    return tensors, description
+    return tensors, description, version

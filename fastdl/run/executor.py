@@ -46,6 +46,7 @@ class Run:
 
     rows: int
     step: int = 0
+    update: int = 0
     epoch: int = 0
     first_row: int = 0
     total_rows: int = 0
@@ -87,7 +88,8 @@ class Executor(ABC):
 
     def size_of(self, buffer: Buffer) -> int:
         """Bytes of a batch buffer."""
-        return stored_size(buffer, self.program.rows, self.memory) * dtype_of(buffer, self.memory).itemsize
+        layout = self.memory.layout
+        return stored_size(buffer, self.program.rows, layout) * dtype_of(buffer, layout).itemsize
 
     def _choose(self, call: Call) -> registry.Impl:
         found = dispatch.candidate(call.op, self.backend, (), call.params)
@@ -97,7 +99,7 @@ class Executor(ABC):
 
     def stored(self, buffer: Buffer) -> np.ndarray | Panels | None:
         """The memory of a buffer as the kernels see it, for the maximum number of rows."""
-        memory = self.memory
+        memory, layout = self.memory, self.memory.layout
         if buffer.kind == "parameter":
             return memory.parameters.view(buffer.name)
         if buffer.kind == "gradient":
@@ -105,24 +107,24 @@ class Executor(ABC):
         if buffer.kind == "state":
             return memory.states.view(buffer.name)
         if buffer.kind == "flat":
-            return memory.flats[buffer]
+            return memory.flat(buffer.span)
         if buffer.kind == "slot":
             return self._slots.get(buffer)
         if buffer.kind == "folded":
             if buffer.name not in memory.folded:
                 memory.folded[buffer.name] = memory.parameters.blank(buffer.shape)
             return memory.folded[buffer.name]
-        dtype = dtype_of(buffer, memory)
+        dtype = dtype_of(buffer, layout)
         if buffer.kind == "cell":
             if buffer not in self._cells:
                 size = int(np.prod(buffer.shape))
-                padded = panels.count(size) * panels.WIDTH if memory.panel_layout else size
+                padded = panels.count(size) * panels.WIDTH if layout.panel_layout else size
                 self._cells[buffer] = aligned(padded, dtype)[:size].reshape(buffer.shape)
             return self._cells[buffer]
         rows, (start, _) = self.program.rows, self.ranges[buffer]
-        size = stored_size(buffer, rows, memory)
+        size = stored_size(buffer, rows, layout)
         flat = self.arena[start : start + size * dtype.itemsize].view(dtype)
-        if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
+        if layout.panel_layout and buffer.is_matrix and buffer.dtype == "T":
             return Panels(flat.reshape(-1, panel_rows(rows), panels.WIDTH), buffer.shape[0])
         return flat.reshape(rows, *buffer.shape)
 

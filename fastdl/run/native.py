@@ -20,7 +20,9 @@ class NativeExecutor(Executor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._native: Any = None
-        self._empty = {b for b in self.program.buffers if b.kind == "slot"}  # slots without an array
+        self._slots_used = {b for b in self.program.buffers if b.kind == "slot"}
+        self._empty = set(self._slots_used)  # those without an array
+        self._needed: dict[tuple[str, ...], dict[Buffer, tuple[str, str]]] = {}
 
     def _bind(self) -> Any:
         from fastdl.kernels.engine._cython import NativeProgram
@@ -36,7 +38,7 @@ class NativeExecutor(Executor):
                 if b is not None and b.kind == "slot":
                     self._places.setdefault(b, []).append((k, position))
             ints, floats = how.scalars(call.params)
-            capsule = how.capsule(impl, arrays, self.memory.dtype, self.memory.mixed)
+            capsule = how.capsule(impl, arrays, self.memory.layout.dtype, self.memory.layout.mixed)
             calls.append((capsule, arrays, ints, floats, call.tail, barriers[k]))
         stats = None if self.stats is None else self.stored(self.stats)
         changes = self.program.changes_parameters
@@ -68,7 +70,7 @@ class NativeExecutor(Executor):
             call = self.program.calls[k]
             read += [self._extent(b) for b in call.reads]
             written += [self._extent(b) for b in call.writes]
-            if uses_shared(dispatch.marshaller(call.op).capsule(self.impls[k], (), self.memory.dtype)):
+            if uses_shared(dispatch.marshaller(call.op).capsule(self.impls[k], (), self.memory.layout.dtype)):
                 written.append((-1, 0))
         return read, written
 
@@ -93,7 +95,7 @@ class NativeExecutor(Executor):
         from fastdl.kernels.engine._cython import SingleStep
 
         loss = next(call for call in self.program.calls if "stats" in call.buffers)
-        native, double = self.native, self.memory.dtype == np.float64
+        native, double = self.native, self.memory.layout.dtype == np.float64
         places = self._places[x], self._places[targets]
         return SingleStep(native, *places, x.shape[-1], self.program.rows, double, loss.buffers["z"].shape[0])
 
@@ -102,7 +104,7 @@ class NativeExecutor(Executor):
 
         places = self._places[x], self._places[y]
         sizes = self.program.rows, x.shape[0], y.shape[0]
-        return Prediction(self.native, *places, *self._heads(PHASES), *sizes, self.memory.dtype)
+        return Prediction(self.native, *places, *self._heads(PHASES), *sizes, self.memory.layout.dtype)
 
     def _heads(self, phases: tuple[str, ...]) -> tuple[int, int]:
         found = self._spans.get(phases)
@@ -114,10 +116,14 @@ class NativeExecutor(Executor):
 
     def _check_slots(self, phases: tuple[str, ...]) -> None:
         """The calls of some phases find the caller's arrays: without one they would read where none is."""
-        for call in self.program.calls:
-            for name, buffer in call.buffers.items():
-                if call.phase in phases and buffer in self._empty:
-                    raise ValueError(f"{call.op}: no array is bound for {name}; bind one with slot() before the run")
+        needed = self._needed.get(phases)
+        if needed is None:
+            calls = [call for call in self.program.calls if call.phase in phases]
+            needed = {b: (call.op, name) for call in calls for name, b in call.buffers.items() if b in self._slots_used}
+            self._needed[phases] = needed
+        for buffer, (op, name) in needed.items():
+            if buffer in self._empty:
+                raise ValueError(f"{op}: no array is bound for {name}; bind one with slot() before the run")
 
     def _run(self, run: Run, *phases: str) -> None:
         if self._empty:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from fastdl.kernels import registry
 from fastdl.kernels.engine import panels
 from fastdl.kernels.engine.panels import Panels
+from fastdl.layout import Layout
 from fastdl.program import Buffer, Program
-from fastdl.run.arena import Arena
+from fastdl.run.arena import Arena, aligned
 
 #: Equal offsets of two buffers must not fall on the same cache sets: buffers start this many bytes apart, modulo 4 KB.
 STAGGER = 832
@@ -24,19 +25,51 @@ REUSE_DISTANCE = 3
 class Memory:
     """The arenas that the Programs of one model share."""
 
+    layout: Layout
     parameters: Arena
     gradients: np.ndarray
     states: Arena
-    dtype: np.dtype
-    panel_layout: bool
-    flats: dict[Buffer, np.ndarray]  # stretches of the arenas that the optimiser sweeps over
-    folded: dict[str, np.ndarray | Panels] = field(default_factory=dict)  # tensors made from parameters and states
-    #: Products round their operands to bfloat16.
-    mixed: bool = False
+    moments: Mapping[str, np.ndarray]  #: of the optimiser, by the names of its states
+    #: One integer, raised with every change of parameters or states: what is folded is made anew then.
+    version: np.ndarray
     #: The arenas in device memory, on a back end that has one (`fastdl.cuda.mirror.Mirror`).
     mirror: Any = None
-    #: One integer, raised with every change of parameters or states: what is folded is made anew then.
-    version: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    folded: dict[str, np.ndarray | Panels] = field(default_factory=dict)  # tensors made from parameters and states
+
+    @classmethod
+    def allocate(cls, layout: Layout, moments: Iterable[str], device: Any = None) -> Memory:
+        """Zeros everywhere. With a ``device`` the arenas have a copy in its memory."""
+        version, mirror = np.zeros(1, np.int64), None
+        if device is not None:
+            from fastdl.cuda.mirror import Mirror
+
+            mirror = Mirror(device, version)
+        parameters, states = Arena(layout.parameters, layout.dtype), Arena(layout.states, layout.dtype)
+        size, dtype = layout.parameters.size, layout.dtype
+        kept = {name: aligned(size, dtype) for name in moments}
+        return cls(layout, parameters, aligned(size, dtype), states, kept, version, mirror)
+
+    def flat(self, span: tuple[str, int, int]) -> np.ndarray:
+        """A stretch of the parameters, the gradients or a moment."""
+        arena, first, last = span
+        if arena == "parameters":
+            return self.parameters.values[first:last]
+        return (self.gradients if arena == "gradients" else self.moments[arena])[first:last]
+
+    def take(self, other: Memory, moments: bool = True) -> None:
+        """Copy the values of another layout in, and the moments."""
+        other.pull()
+        for mine, theirs in ((self.parameters, other.parameters), (self.states, other.states)):
+            for name in theirs.layout.offsets:
+                mine.write(name, theirs.read(name))
+        for key in self.moments if moments else ():
+            for name in other.parameters.layout.offsets:
+                self.parameters.write(name, other.parameters.read(name, other.moments[key]), self.moments[key])
+        self.changed()
+
+    def changed(self) -> None:
+        """Somebody has written to the parameters, the states or the moments of the host."""
+        self.version[0] += 1
 
     def pull(self) -> None:
         """Bring the arenas of the host up to date."""
@@ -44,8 +77,9 @@ class Memory:
             self.mirror.pull()
 
 
-def dtype_of(buffer: Buffer, memory: Memory) -> np.dtype:
-    return np.dtype(registry.DTYPES[buffer.dtype] or memory.dtype)
+def dtype_of(buffer: Buffer, layout: Layout) -> np.dtype:
+    """The type of a buffer's elements."""
+    return np.dtype(registry.DTYPES[buffer.dtype] or layout.dtype)
 
 
 def plan_arena(
@@ -85,9 +119,10 @@ def panel_rows(rows: int) -> int:
     return max(2, rows)
 
 
-def stored_size(buffer: Buffer, rows: int, memory: Memory) -> int:
-    if memory.panel_layout and buffer.is_matrix and buffer.dtype == "T":
+def stored_size(buffer: Buffer, rows: int, layout: Layout) -> int:
+    """Elements that a batch buffer takes up."""
+    if layout.panel_layout and buffer.is_matrix and buffer.dtype == "T":
         return panels.count(buffer.shape[0]) * panels.WIDTH * panel_rows(rows)
-    if memory.panel_layout and not buffer.shape:
+    if layout.panel_layout and not buffer.shape:
         return rows
     return buffer.size(rows)

@@ -1,4 +1,11 @@
 # The two short ways from Python into a bound Program: one batch to train on, one matrix to predict.
+cdef bint has_buffer(array, Py_buffer* view) except -1:
+    """Whether the view is filled: NumPy has none for dates and some kinds of text."""
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (BufferError, ValueError):
+        return False
+    return True
 
 
 cdef class SingleStep:
@@ -25,7 +32,6 @@ cdef class SingleStep:
     cdef list x_places, target_places
     cdef int64_t width, rows, classes
     cdef char kind
-    cdef object held
 
     def __cinit__(self, NativeProgram program, list x, list targets, int64_t width, int64_t rows, bint double,
                   int64_t classes):
@@ -34,14 +40,16 @@ cdef class SingleStep:
         self.kind = c"d" if double else c"f"
 
     def run(self, x, targets, uint32_t step, uint32_t epoch, uint32_t update, double lr):
-        """The batch's loss; None where a batch is not of the plain kind and nothing has been done."""
+        """The batch's loss; None where a batch is not of the plain kind and nothing has been done.
+
+        Its arrays live as long as the call; whoever runs the Program next binds others.
+        """
         cdef int64_t rows = self.rows_of(x)
         cdef NativeProgram program = self.program
         if rows < 1 or not self.are_labels(targets, rows):
             return None
         program.rebind(self.x_places, x)
         program.rebind(self.target_places, targets)
-        self.held = x, targets  # the calls point into them
         program._go(0, program.count, run_block(rows, step, epoch, 0, rows, 0, update, lr, 1.0), 0, 0, 1)
         return program.stats_at[0]
 
@@ -49,9 +57,8 @@ cdef class SingleStep:
         """Rows of a C-contiguous matrix of the step's type and width, else -1."""
         cdef Py_buffer view
         cdef int64_t rows = -1
-        if type(array) is not ndarray:
+        if type(array) is not ndarray or not has_buffer(array, &view):
             return -1
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
         if (view.ndim == 2 and view.format[0] == self.kind and view.format[1] == 0 and view.shape[1] == self.width
                 and view.shape[0] <= self.rows and view.strides[1] == view.itemsize
                 and view.strides[0] == self.width * view.itemsize):
@@ -64,9 +71,8 @@ cdef class SingleStep:
         cdef int64_t k
         cdef const int64_t* label
         cdef bint good = False
-        if type(array) is not ndarray:
+        if type(array) is not ndarray or not has_buffer(array, &view):
             return False
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
         if (view.ndim == 1 and view.format[0] == c"l" and view.format[1] == 0 and view.itemsize == 8
                 and view.shape[0] == rows and view.strides[0] == 8):
             label, good = <const int64_t*>view.buf, True

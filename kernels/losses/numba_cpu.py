@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from ..common import numba_math
-from ..common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
+from ..common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel
 from ..registry import Impl, register
 
 ROWS = 64
@@ -243,8 +243,7 @@ def _run(
         extra = bits.dtype.type(np.iinfo(bits.dtype).max), slot, bits
     arguments = (*inputs, weight, dz, np.array([gain * scale / columns], T), *extra)
     if shared:
-        set_threads(threads)
-        parallel(*arguments, sums)
+        parallel(*arguments, sums, threads=threads)
     else:
         serial(*arguments, sums[0])
     loss, right = sums.sum(axis=0)

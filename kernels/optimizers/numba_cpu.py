@@ -12,7 +12,7 @@ import math
 import numba
 import numpy as np
 
-from ..common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
+from ..common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel
 from ..registry import Impl, register
 
 BLOCK = 16384
@@ -92,22 +92,13 @@ def _squares_parallel(g, partial):
         partial[k] = _squares(g[k * BLOCK : (k + 1) * BLOCK])
 
 
-@serial_kernel
-def _squares_serial(g, partial):
-    for k in range(partial.size):
-        partial[k] = _squares(g[k * BLOCK : (k + 1) * BLOCK])
-
-
 def _factor(clip: np.ndarray | None, scale: float) -> float:
     return scale if clip is None else scale * float(clip[0])
 
 
-def _parallel(size: int, threads: int) -> bool:
-    """Whether to open a parallel region; below two blocks there is nothing to share."""
-    if threads == 1 or size <= BLOCK:
-        return False
-    set_threads(threads)
-    return True
+def _shared(size: int, threads: int) -> bool:
+    """Whether threads share the blocks; below two there is nothing to share."""
+    return threads > 1 and size > BLOCK
 
 
 def sgd_step(
@@ -130,12 +121,12 @@ def sgd_step(
     T, rate = w.dtype.type, lr * lr_factor
     before = T(_factor(clip, scale)), T(l2), T(1.0 - rate * weight_decay)
     if v is None:
-        if _parallel(w.size, threads):
-            _plain_sgd_parallel(w, g, *before, T(rate))
+        if _shared(w.size, threads):
+            _plain_sgd_parallel(w, g, *before, T(rate), threads=threads)
         else:
             _plain_sgd(w, g, *before, T(rate))
-    elif _parallel(w.size, threads):
-        _sgd_parallel(w, g, v, *before, T(momentum), T(rate), bool(nesterov))
+    elif _shared(w.size, threads):
+        _sgd_parallel(w, g, v, *before, T(momentum), T(rate), bool(nesterov), threads=threads)
     else:
         _sgd(w, g, v, *before, T(momentum), T(rate), bool(nesterov))
 
@@ -162,8 +153,8 @@ def adam_step(
     factors = (_factor(clip, scale), l2, 1.0 - rate * weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
     factors = (*factors, 1.0 / math.sqrt(1.0 - beta2**t), rate / (1.0 - beta1**t), eps)
     typed = tuple(T(factor) for factor in factors)
-    if _parallel(w.size, threads):
-        _adam_parallel(w, g, m, v, *typed)
+    if _shared(w.size, threads):
+        _adam_parallel(w, g, m, v, *typed, threads=threads)
     else:
         _adam(w, g, m, v, *typed)
 
@@ -171,10 +162,7 @@ def adam_step(
 def squared_norm(g: np.ndarray, total: np.ndarray, scale: float = 1.0, threads: int = 1) -> None:
     """Add the sum of squares of scale g to total[0], in float64."""
     partial = np.empty((g.size + BLOCK - 1) // BLOCK)
-    if _parallel(g.size, threads):
-        _squares_parallel(g, partial)
-    else:
-        _squares_serial(g, partial)
+    _squares_parallel(g, partial, threads=threads if _shared(g.size, threads) else 1)
     total[0] += partial.sum() * (scale * scale)
 
 

@@ -10,8 +10,9 @@ import pytest
 
 import fastdl as fd
 from fastdl import layers
-from fastdl.builder import Bound, Feed
+from fastdl.builder import Feed
 from fastdl.run.executor import Run
+from fastdl.run.placement import Bound
 
 ROWS, WIDTH, CLASSES = 24, 6, 3
 X = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
@@ -26,7 +27,7 @@ def net(backend: str, optimizer: Any, rate: float = 0.0) -> fd.Sequential:
 
 def batch(model: fd.Sequential) -> Bound:
     """A training step of one batch, fed."""
-    bound = model._runtime.train(ROWS, Feed(labels=True))
+    bound = model._runtime.working().train(ROWS, Feed(labels=True))
     bound.feed(X, Y, None)
     return bound
 
@@ -78,7 +79,9 @@ def test_an_epoch_counts_both(anywhere: str) -> None:
     states = []
     for together in (True, False):
         model = net(anywhere, fd.optimizers.Adam(0.1), 0.5)
-        executor = model._runtime.epochs(X, Y, None, 8, False)
+        data = model._runtime.working().data_set(X, Y, None, 8, False)
+        data.bind()
+        executor = data.executor
         run = Run(8, step=5, update=40, lr=0.1)
         with executor.epoch(run, ROWS, 8):
             for steps in (3,) if together else (1, 1, 1):
@@ -86,7 +89,7 @@ def test_an_epoch_counts_both(anywhere: str) -> None:
         assert (run.step, run.update, run.offset) == (8, 43, ROWS)
         states.append(np.concatenate([w.ravel() for w in model.weights.values()]))
         batches = net(anywhere, fd.optimizers.Adam(0.1), 0.5)
-        bound = batches._runtime.train(8, Feed(labels=True))
+        bound = batches._runtime.working().train(8, Feed(labels=True))
         for k in range(3):
             rows = slice(8 * k, 8 * k + 8)
             bound.feed(X[rows], Y[rows], None)

@@ -10,8 +10,9 @@ import pytest
 
 import fastdl as fd
 from fastdl import layers
-from fastdl.builder import Bound, Feed
+from fastdl.builder import Feed
 from fastdl.run.executor import Run
+from fastdl.run.placement import Bound
 
 ROWS, WIDTH, CLASSES = 10, 6, 3
 X = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
@@ -27,7 +28,7 @@ def net(backend: str, optimizer: Any, batchnorm: bool = False) -> fd.Sequential:
 
 
 def step_of(model: fd.Sequential, weight: np.ndarray | None) -> Bound:
-    return model._runtime.train(ROWS, Feed(weighted=weight is not None, labels=True))
+    return model._runtime.working().train(ROWS, Feed(weighted=weight is not None, labels=True))
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
@@ -53,7 +54,7 @@ def test_shares_and_scale_equal_the_whole(anywhere: str, weight: np.ndarray | No
         memory.pull()
         total += memory.gradients
     memory.gradients[:] = total
-    memory.version[0] += 1
+    memory.changed()
     mass = executor.totals[1]
     assert mass == pytest.approx(ROWS if weight is None else weight.sum())
     executor.run(Run(cuts[-1] - cuts[-2], step=3, lr=0.1, scale=ROWS / mass), "update")
@@ -86,7 +87,7 @@ def test_a_share_of_no_rows_is_updated_as_the_others_are(anywhere: str) -> None:
     bound.executor.run(Run(0, total_rows=ROWS), *BATCH)
     memory.pull()
     memory.gradients[:] = 1
-    memory.version[0] += 1
+    memory.changed()
     before = model.get_state()
     bound.executor.run(Run(0, total_rows=ROWS, lr=0.5, scale=0.5), "update")
     for name, value in model.weights.items():
@@ -99,7 +100,7 @@ def test_no_rows_of_another_program_touch_no_gradient(anywhere: str) -> None:
     bound.feed(X, Y, None)
     bound.executor.run(Run(ROWS), *BATCH)
     before = dict(model.gradients)
-    evaluation = model._runtime.evaluate(ROWS, Feed(labels=True))
+    evaluation = model._runtime.working().evaluation(ROWS, Feed(labels=True))
     evaluation.feed(X, Y, None)
     evaluation.executor.run(Run(ROWS))
     assert evaluation.executor.stored(evaluation.executor.stats)[1] == ROWS

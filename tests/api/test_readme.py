@@ -1,0 +1,83 @@
+"""What README.md shows is what happens."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import fastdl as fd
+from fastdl import layers
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def section(name: str) -> str:
+    return re.search(rf"<!-- {name}:begin -->\n(.*)<!-- {name}:end -->", README, re.S).group(1)
+
+
+def printed(fuse: bool) -> str:
+    """The Program of README's net with batches of 64 rows."""
+    net = fd.Sequential(
+        [
+            layers.Dense(128, use_bias=False),
+            layers.BatchNorm(),
+            layers.ReLU(),
+            layers.Dropout(0.2),
+            layers.Dense(10),
+        ],
+        seed=42,
+    )
+    net.compile("softmax_cross_entropy", fd.optimizers.Adam(3e-3), backend="cython", fuse=fuse)
+    X, y = fd.data.load_digits()
+    net.fit(X[:640], y[:640], batch_size=64, epochs=1, verbose=0)
+    return str(net.program)
+
+
+@pytest.mark.skipif(fd.backends()["cython"] != "available", reason="the compiled back end is not built")
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_program_shown_is_the_program(fuse: bool) -> None:
+    assert printed(fuse) in section("program")
+
+
+def blocks(heading: str) -> list[str]:
+    """The Python of a section."""
+    text = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_example_runs() -> None:
+    names: dict[str, object] = {}
+    exec(blocks("In Python")[0], names)
+    assert names["net"].evaluate(names["X"][names["test"]], names["y"][names["test"]])["accuracy"] > 0.95
+    assert len(names["history"]["loss"]) == 30
+
+
+def test_stop_save_and_go_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(blocks("In Python")[0], names)
+    again, loop = blocks("Stop, save, go on")
+    exec(again, names)
+    assert names["net"].epoch == 60
+    whole: dict[str, object] = {}
+    exec(blocks("In Python")[0].replace("epochs=30", "epochs=60"), whole)
+    for name, value in whole["net"].weights.items():
+        np.testing.assert_array_equal(names["net"].weights[name], value)
+    step = names["net"].step
+    exec(loop, names | {"ops": fd.ops})
+    assert names["net"].step == step + 1
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_activation_in_contributing_applies() -> None:
+    """The diff of the how-to fits the code of today, and touches at most five files."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S).group(1)
+    assert 1 < diff.count("diff --git") <= 4  # and README's generated table
+    run = subprocess.run(["git", "apply", "--check", "-"], input=diff, text=True, capture_output=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
