@@ -111,10 +111,9 @@ def host_state() -> dict[str, Any]:
     if "numba" in sys.modules:
         from numba.np.ufunc import parallel
 
+        started = parallel._is_initialized  # to ask starts them
         most = sys.modules["numba"].config.NUMBA_NUM_THREADS
-        state["threads of Numba"] = (
-            parallel.get_num_threads() if parallel._is_initialized else most
-        )  # to ask starts them
+        state["threads of Numba"] = parallel.get_num_threads() if started else most
     return state
 
 
