@@ -45,7 +45,6 @@ DIRECTIVES = {
     "wraparound": False,
     "cdivision": True,
     "initializedcheck": False,
-    "freethreading_compatible": True,
 }
 INSTALL_COMPILER = "apt-get install gcc g++ python3-dev, or on macOS: xcode-select --install"
 

@@ -164,7 +164,7 @@ class Builder:
             buffers = {
                 "w": flat(group, ("parameters", first, last)),
                 "g": flat(f"d {group}", ("gradients", first, last)),
-                "scale": scale,
+                "clip": scale,
                 **{name: flat(f"{name} {group}", (name, first, last)) for name in optimizer.states},
             }
             calls.append(Call(optimizer.op, buffers, params, "update"))

@@ -5,6 +5,7 @@ variable                 meaning
 =======================  =========================================================================
 ``FASTDL_BACKEND``       back end of everything that does not name one
 ``FASTDL_NUM_THREADS``   threads of everything that does not name a number
+``OMP_NUM_THREADS``      most threads that "auto" takes, as of the process's CPUs and its control group's quota
 ``FASTDL_SIMD``          SIMD level of the compiled kernels: portable, avx2 or avx512
 ``FASTDL_CUBLASLT``      0: CUDA's dense products by our own kernels alone
 ``FASTDL_TF32``          1: cuBLASLt may round operands of float32 products to 11 bits
@@ -17,10 +18,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fastdl.kernels.common import fork
 from fastdl.kernels.registry import ALL_BACKENDS
 
 NAMES = ("auto", *ALL_BACKENDS)
@@ -34,26 +37,24 @@ class Choice:
 
 _NOTHING = Choice()
 _context: contextvars.ContextVar[Choice] = contextvars.ContextVar("fastdl.backend", default=_NOTHING)
-_in_child_of_fork = False
 
+#: More than any machine has. A larger number asks for no more: C counts threads in 32 bits, and the kernels up to 64.
+MOST_THREADS = 1024
 
-def _after_fork() -> None:
-    global _in_child_of_fork
-    _in_child_of_fork = True
-
-
-if hasattr(os, "register_at_fork"):
-    # Numba's threads hang in a child that was forked after a parallel region: the child computes on one thread.
-    os.register_at_fork(after_in_child=_after_fork)
-
+#: Workers are forked by the dozen: their number is how the CPUs are shared.
+IN_CHILD = "a forked child takes one thread unless more are asked for"
 
 #: As os.environ keeps them. `os.environ.get` of a variable that is not set raises twice inside and takes 0.57 us of a
 #: tiny net's step of 5.4; a look into its dictionary takes 0.02.
-_KEYS = {name: os.environ.encodekey(name) for name in ("FASTDL_BACKEND", "FASTDL_NUM_THREADS")}
+_KEYS = {name: os.environ.encodekey(name) for name in ("FASTDL_BACKEND", "FASTDL_NUM_THREADS", "OMP_NUM_THREADS")}
 
 
 def _variable(name: str) -> str | None:
-    return os.environ[name] if _KEYS[name] in os.environ._data else None
+    environ = os.environ
+    try:
+        return environ[name] if _KEYS[name] in environ._data else None
+    except AttributeError:  # a test has put a plain dictionary in its place
+        return environ.get(name)
 
 
 def check_backend(name: object, where: str = "backend") -> str:
@@ -63,9 +64,25 @@ def check_backend(name: object, where: str = "backend") -> str:
 
 
 def check_threads(threads: object, where: str = "threads") -> int:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    """A number of threads, at most `MOST_THREADS`."""
+    if type(threads) is int and 0 < threads <= MOST_THREADS:
+        return threads  # every step of a net asks
+    try:
+        number = 0 if isinstance(threads, bool) else operator.index(threads)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"{where}: expected 'auto' or an integer of at least 1, found {threads!r}")
-    return threads
+    return min(number, MOST_THREADS)
+
+
+def _count(text: str) -> int:
+    """A whole number in an environment variable, 0 for anything else."""
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdecimal()):
+        return 0
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) < 10 else MOST_THREADS  # Python refuses numbers of more than 4,300 digits
 
 
 @contextlib.contextmanager
@@ -112,23 +129,22 @@ def home_backend(compiled: str | None = None) -> str:
 
 def resolve_threads(call: int | str | None = None, compiled: int | str | None = None) -> int | None:
     """The number of threads that was asked for, or None for the library's own choice."""
-    if _in_child_of_fork:
-        return 1
     for value in (call, _context.get().threads, compiled):
         if value is not None and value != "auto":
             return check_threads(value)
     text = _variable("FASTDL_NUM_THREADS")
     if text:
-        if not text.isdigit():
-            raise ValueError(f"FASTDL_NUM_THREADS: expected an integer of at least 1, found {text!r}")
-        return check_threads(int(text), "FASTDL_NUM_THREADS")
-    return None
+        number = _count(text)
+        if not number:
+            raise ValueError(f"FASTDL_NUM_THREADS: expected an integer of at least 1, found {text[:40]!r}")
+        return min(number, MOST_THREADS)
+    return 1 if fork.is_child else None
 
 
 def available_threads() -> tuple[int, str]:
-    """CPUs this process may use, and what limits them."""
-    if _in_child_of_fork:
-        return 1, "one thread in a forked child"
+    """Threads that "auto" may take, and what limits them."""
+    if fork.is_child:
+        return 1, IN_CHILD
     cpus, why = os.cpu_count() or 1, "all CPUs"
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -137,20 +153,54 @@ def available_threads() -> tuple[int, str]:
     quota = _cgroup_quota()
     if quota is not None and quota < cpus:
         cpus, why = max(1, int(quota)), "the control group's CPU quota"
+    # The first number of a list is that of the outermost region; what OpenMP does not understand it passes over.
+    limit = _count((_variable("OMP_NUM_THREADS") or "").partition(",")[0])
+    if 0 < limit < cpus:
+        cpus, why = limit, "OMP_NUM_THREADS"
     return cpus, why
 
 
 @functools.lru_cache(maxsize=1)
 def _cgroup_quota() -> float | None:
-    """CPUs that the control group may use (version 2, then 1), or None; read once, it costs 30 us."""
+    """CPUs that this process's control group and those around it leave, or None; read once, it costs some 100 us.
+
+    A container may show the path of its group as the host sees it: what is not there is passed over, and the root of
+    what is mounted is looked at in any case.
+    """
+    quotas = []
+    for mount, group in _cgroups():
+        parts = [part for part in group.split("/") if part not in ("", ".", "..")]
+        for depth in range(len(parts), -1, -1):
+            quota = _quota("/".join([mount, *parts[:depth]]))
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def _cgroups() -> list[tuple[str, str]]:
+    """Mount points with the paths of this process's groups below them, version 2 and version 1."""
+    root = "/sys/fs/cgroup"
+    places = {root: "", f"{root}/cpu": ""}
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:
+        for line in file.read().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                places |= {root: group, f"{root}/unified": group}
+            elif "cpu" in controllers.split(","):
+                places |= {f"{root}/cpu": group, f"{root}/{controllers}": group}
+    return list(places.items())
+
+
+def _quota(folder: str) -> float | None:
+    """CPUs that one group may use, or None."""
     with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu.max") as file:
+        with open(f"{folder}/cpu.max") as file:
             quota, period = file.read().split()
         return None if quota == "max" else int(quota) / int(period)
     with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+        with open(f"{folder}/cpu.cfs_quota_us") as file:
             quota_us = int(file.read())
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+        with open(f"{folder}/cpu.cfs_period_us") as file:
             return None if quota_us <= 0 else quota_us / int(file.read())
     return None
 
@@ -160,11 +210,15 @@ def _cgroup_quota() -> float | None:
 FLOPS_PER_THREAD = 4e6
 
 
-def threads_for(flops: float, call: int | str | None = None, compiled: int | str | None = None) -> tuple[int, str]:
+def threads_for(
+    flops: float, call: int | str | None = None, compiled: int | str | None = None, backend: str = ""
+) -> tuple[int, str]:
     """Threads for a Program of so many operations per step, and the reason."""
+    if backend == "numba" and fork.is_child:
+        return 1, "Numba's threads do not survive a fork"
     asked = resolve_threads(call, compiled)
     if asked is not None:
-        return asked, "asked for"
+        return asked, IN_CHILD if fork.is_child and asked == 1 else "asked for"
     cpus, why = available_threads()
     wanted = max(1, int(flops / FLOPS_PER_THREAD))
     if wanted < cpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fastdl.kernels import dispatch
 from fastdl.kernels.registry import ALL_BACKENDS
 from fastdl.program import Program
 from fastdl.run.runtime import Runtime
@@ -13,7 +14,7 @@ def explain(runtime: Runtime, program: Program) -> str:
     """Which back end runs a model with how many threads, and why not another."""
     threads, why = runtime.threads(program)
     chosen = runtime.wanted()
-    lines = [f"back end {chosen}, {threads} thread{'s' if threads > 1 else ''} ({why})"]
+    lines = [f"back end {chosen}, {threads} thread{'s' if threads > 1 else ''} ({why}){dispatch.note(chosen)}"]
     if runtime.settings.note:
         lines.append(f"  {runtime.settings.note}")
     for name in ALL_BACKENDS:

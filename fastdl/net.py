@@ -11,9 +11,11 @@ import numpy as np
 
 from fastdl import describe, losses, optimizers
 from fastdl.builder import Builder, named
-from fastdl.checks import whole
+from fastdl.checks import settings_fit, whole
 from fastdl.inputs import whole_number
+from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
+from fastdl.losses import check_last_layer
 from fastdl.program import Program
 from fastdl.run import checkpoint
 from fastdl.run.executor import Run
@@ -86,6 +88,9 @@ class Net:
             When this net is training at the moment.
         """
         settings = Settings.checked(loss, optimizer, backend, threads, dtype, fuse)
+        check_last_layer(settings.loss, self.layers)
+        for layer in self.layers:
+            settings_fit(layer, np.dtype(settings.float))
         with self._lock:
             if self._runtime is not None:
                 if settings.dtype != self._settings.dtype:
@@ -222,6 +227,7 @@ class Net:
         if backend != "cuda":
             raise ValueError(f"plan: expected 'cuda', found {backend!r}; net.program lists the calls of the others")
         whole_number(batch_size, "batch_size")
+        dispatch.load_cuda()
         from fastdl.cuda import dry
 
         return dry.plan(self._built().builder, self._settings, batch_size)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdl.kernels import FAMILIES, registry
-from fastdl.kernels.common import driver
+from fastdl.kernels.common import driver, fork
 from fastdl.kernels.common.gpu import Planner, View, run_block
 from fastdl.kernels.engine.panels import Panels
 from fastdl.kernels.registry import ALL_BACKENDS, BACKENDS, Impl, OpSpec
@@ -25,12 +25,15 @@ MODULES = {"numpy": "reference", "numba": "numba_cpu", "cython": "_cython", "cud
 
 _state: dict[str, str] = {}  # back end -> "available" or the reason why not
 _lock = threading.RLock()
+fork.hold(_lock)  # half a back end cannot be loaded again
 
 
 def load(backend: str) -> str:
     """Import a back end once; return "available" or the reason why it is not."""
     with _lock:
         if backend == "cuda":
+            if why := _without_numba():
+                return why
             load_cuda()
             return driver.missing() or "available"
         if backend not in _state:
@@ -55,21 +58,44 @@ def _load(backend: str) -> str:
             )
         from fastdl.kernels.common import simd
 
+        made: list[tuple[str, Any]] = []
         for module in _modules(backend):
             simd.attach(module)
-            for op, native in module.kernels().items():
-                registry.register(Impl(op, "cython", native=native))
+            made += module.kernels().items()
+        for op, native in made:  # all or none: a family that cannot be loaded says so each time
+            registry.register(Impl(op, "cython", native=native))
         return "available"
-    if backend == "numba" and importlib.util.find_spec("numba") is None:
-        return "the package numba is not installed; run `pip install numba`"
+    if backend == "numba" and (why := _without_numba()):
+        return why
     _modules(backend)
     return "available"
 
 
+def _without_numba() -> str | None:
+    """Why Numba cannot be used, or None. An installation that is broken or does not fit NumPy says so on import."""
+    try:
+        importlib.import_module("numba")
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+            return "the package numba is not installed; run `pip install numba`"
+        return f"the package numba cannot be imported ({error})"
+    return None
+
+
 def load_cuda() -> None:
-    """Import what the CUDA kernels and their launches are; neither a GPU nor a package of CUDA is needed."""
+    """Import what the CUDA kernels and their launches are; neither a GPU nor a package of CUDA is needed.
+
+    Raises
+    ------
+    BackendUnavailable
+        Without Numba, in whose types kernels are written.
+    """
+    from fastdl.errors import BackendUnavailable
+
     with _lock:
         if "cuda" not in _state:
+            if why := _without_numba():
+                raise BackendUnavailable(f"back end 'cuda' is not available: {why}")
             load("numpy")
             _modules("cuda")
             _state["cuda"] = "imported"
@@ -121,6 +147,18 @@ def choose(op: str, backend: str, arrays: Sequence[Any] = (), params: Mapping[st
     raise BackendUnavailable(f"no back end can run {op}")
 
 
+def note(backend: str) -> str:
+    """What a user should know of a back end that runs, in brackets; empty if nothing."""
+    if backend != "numba":
+        return ""
+    from fastdl.kernels.common import numba_cpu
+
+    why = "; ".join(numba_cpu.REFUSALS)
+    if numba_cpu.FOLDER is None:
+        return f" (compiled anew in every process, there is no folder to keep it in: {why})"
+    return f" (compiled kernels are kept in {numba_cpu.FOLDER}: {why})" if why else ""
+
+
 def explain(op: str, arrays: Sequence[Any], backend: str) -> str:
     """Which back end runs an op on these arrays, and why the others do not."""
     lines, taken = [], False
@@ -134,7 +172,7 @@ def explain(op: str, arrays: Sequence[Any], backend: str) -> str:
             lines.append(f"{name}: could run it, comes later in the order {', '.join(BACKENDS)}")
         else:
             taken = True
-            lines.append(f"{name}: runs it ({'asked for' if backend != 'auto' else 'first that can'})")
+            lines.append(f"{name}: runs it ({'asked for' if backend != 'auto' else 'first that can'}){note(name)}")
     return f"{op}\n" + "\n".join("  " + line for line in lines)
 
 
@@ -276,7 +314,8 @@ def _python_caller(impl: Impl) -> Caller:
         for a in arrays:
             if type(a) is Panels:
                 raise TypeError(f"{impl.op}: panel layout is for the compiled back end, found it on {impl.backend}")
-        fn(*arrays, **arguments, threads=threads)
+        with np.errstate(under="ignore"):  # as on the other back ends, whatever the caller has set for his own
+            fn(*arrays, **arguments, threads=threads)
 
     return call
 

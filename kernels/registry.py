@@ -22,7 +22,9 @@ import numpy as np
 
 BACKENDS = ("cython", "numba", "numpy")  # in the order of preference of "auto"
 ALL_BACKENDS = (*BACKENDS, "cuda")  # "auto" stays on the CPU, where the caller's arrays are
-RUNTIME = ("step", "epoch", "first_row", "total_rows", "offset", "lr")
+#: The run-time block. ``step`` and ``epoch`` are positions in the random streams, ``update`` is the age of the moments,
+#: ``scale`` a factor of the gradient.
+RUNTIME = ("step", "epoch", "first_row", "total_rows", "offset", "update", "lr", "scale")
 DTYPES = {"T": None, "f8": np.float64, "i8": np.int64, "u4": np.uint32, "u1": np.bool_}
 
 

@@ -27,7 +27,7 @@ pytest.register_assert_rewrite("contract.checks")
 
 import fastdl as fd  # noqa: E402
 from fastdl.kernels import dispatch  # noqa: E402
-from fastdl.kernels.common import simd  # noqa: E402
+from fastdl.kernels.common import driver, numba_cuda, simd  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------- poisoned memory
@@ -180,6 +180,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         else:
             skip = pytest.mark.skip(reason=f"cython: {fd.backends()['cython']}")
             metafunc.parametrize("level", [pytest.param("none", marks=skip)], indirect=True)
+
+
+@pytest.fixture(params=["numpy", "numba", "cython", "cuda"])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Back ends by name; CUDA by the interpreter of its PTX where there is no GPU."""
+    state = fd.backends()[request.param]
+    if state == "available":
+        yield request.param
+        return
+    if request.param != "cuda" or numba_cuda.MISSING:
+        pytest.skip(f"{request.param}: {state}")
+    from gpu.device import Interpreted
+
+    before = driver.use(Interpreted())
+    yield "cuda"
+    driver.use(before)
 
 
 @pytest.fixture

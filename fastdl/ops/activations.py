@@ -20,6 +20,11 @@ def epilogue(activation: str) -> Any:
     return info
 
 
+def checked_alpha(info: Any, alpha: Any) -> float:
+    """An activation's parameter as a float, the default one if left out."""
+    return info.checked_alpha(None if alpha is None else checks.FINITE.check(alpha, "alpha"))
+
+
 def _activation_forward(
     name: str, x: Any, slope: Any, out: Any, params: dict[str, float], backend: str | None, threads: int | None
 ) -> tuple[np.ndarray, Context]:
@@ -29,7 +34,9 @@ def _activation_forward(
         if x.ndim != 2:
             raise ValueError(f"x: expected two dimensions where slopes belong to columns, found shape {x.shape}")
         slope = checks.vector(slope, "slope", x.shape[1], x)
-    y = checks.output(out, x.shape, x, {"x": x, "slope": slope}, alias="" if info.row_op else "x")
+    y = checks.output(out, x.shape, x)
+    if out is not None:
+        checks.apart(f"{name}_forward", {"x": x, "slope": slope, "out": y}, alias="" if info.row_op else "x")
     x2, y2 = checks.rows(x, "x"), checks.rows(y, "out")
     arrays: tuple[Any, ...] = (x2, y2) if slope is None else (x2, slope, y2)
     run(f"{name}_forward", arrays, params, backend, threads, 2 * x.nbytes)
@@ -47,8 +54,10 @@ def _activation_backward(name: str, dy: Any, ctx: Any, out: Any) -> Any:
         raise ValueError(f"{name}_backward needs the input of the forward pass, which out=x has overwritten")
     dy = checks.floats(dy, "dy", saved)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
-    alias = "" if info.row_op else "dy"
-    dx = checks.output(out, ctx.shape, saved, {"dy": dy, info.saves: saved, "slope": slope}, alias=alias)
+    dx = checks.output(out, ctx.shape, saved)
+    if out is not None:
+        given = {"dy": dy, info.saves: saved, "slope": slope, "out": dx}
+        checks.apart(f"{name}_backward", given, alias="" if info.row_op else "dy")
     views = checks.rows(dy, "dy"), checks.rows(saved, info.saves), checks.rows(dx, "out")
     if slope is None:
         run(f"{name}_backward", views, ctx.params, ctx.backend, ctx.threads, 3 * dy.nbytes)
@@ -84,7 +93,7 @@ def _make_activation(name: str) -> tuple[Any, Any]:
             backend: str | None = None,
             threads: int | None = None,
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, None, out, {"alpha": info.checked_alpha(alpha)}, backend, threads)
+            return _activation_forward(name, x, None, out, {"alpha": checked_alpha(info, alpha)}, backend, threads)
 
     else:
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,19 +68,28 @@ class PythonExecutor(Executor):
             runtime = {name: values[name] for name in self._runtime[k]}
             self.impls[k].fn(*arrays[k], **call.params, **runtime, threads=self._threads[k])
 
-    def run(self, run: Run, *phases: str) -> None:
+    @contextlib.contextmanager
+    def _own_state(self) -> Iterator[None]:
+        """Around the calls: BLAS held to the Program's threads, underflow is 0 whatever the caller has set for his own.
+
+        Moments and sigmoids underflow in every training; the compiled back end flushes what does.
+        """
+        with limit_blas(self.blas_threads), np.errstate(under="ignore"):
+            yield
+
+    def _run(self, run: Run, *phases: str) -> None:
         if not run.total_rows:
             run.total_rows = run.rows
-        with limit_blas(self.blas_threads):
-            self._go(*self.span(*(phases or PHASES)), run)
+        with self._own_state():
+            self._go(*self.span(*phases), run)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         first, last = self.span(*PHASES)
-        with limit_blas(self.blas_threads):
+        with self._own_state():
             for _ in range(steps):
                 run.rows = run.total_rows = min(batch, count - run.offset)
                 self._go(first, last, run)
-                stats = self.stored(self.stats)
-                self.totals += (stats[0] * run.rows, run.rows, stats[2])
+                self.add_up(run)
                 run.offset += run.rows
                 run.step += 1
+                run.update += 1

@@ -142,7 +142,7 @@ class Runtime:
 
     def threads(self, program: Program) -> tuple[int, str]:
         """Threads for a Program and the reason."""
-        return threads_of(program, self.settings.threads)
+        return threads_of(program, self.settings.threads, self.wanted())
 
     def _on_paper(self, rows: int, backend: str, settings: Settings, fused: bool) -> Program:
         """A training step on a back end, or the user's own loop without a loss."""

@@ -20,7 +20,7 @@ from numba.extending import overload
 
 from fastdl.kernels.activations.points import NEAR, POINTS
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
+from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel
 from fastdl.kernels.common.numba_math import cast, exp
 from fastdl.kernels.registry import Impl, register
 
@@ -303,8 +303,7 @@ def _make_forward(name: str) -> Any:
         if source[2] == target[2] == cols:
             rows, cols = 1, x.size
             if threads > 1:
-                set_threads(threads)
-                _forward_threads(source[0], target[0], cols, a, kind, same, threads)
+                _forward_threads(source[0], target[0], cols, a, kind, same, threads, threads=threads)
                 return
         if same:
             _forward_in_place(*target, rows, cols, a, kind)
@@ -326,8 +325,7 @@ def _make_backward(name: str) -> Any:
         if upstream[2] == saved[2] == target[2] == cols:
             rows, cols = 1, dy.size
             if threads > 1:
-                set_threads(threads)
-                _backward_threads(upstream[0], saved[0], target[0], cols, a, kind, same, threads)
+                _backward_threads(upstream[0], saved[0], target[0], cols, a, kind, same, threads, threads=threads)
                 return
         if same:
             _backward_in_place(*saved, *target, rows, cols, a, kind)
@@ -362,8 +360,7 @@ def softmax_forward(x: np.ndarray, y: np.ndarray, threads: int = 1) -> None:
     if not x.size:
         return
     if threads > 1:
-        set_threads(threads)
-        _softmax_forward_threads(x, y, threads)
+        _softmax_forward_threads(x, y, threads, threads=threads)
     else:
         _softmax_forward(x, y)
 
@@ -373,8 +370,7 @@ def softmax_backward(dy: np.ndarray, y: np.ndarray, dx: np.ndarray, threads: int
     if not y.size:
         return
     if threads > 1:
-        set_threads(threads)
-        _softmax_backward_threads(dy, y, dx, threads)
+        _softmax_backward_threads(dy, y, dx, threads, threads=threads)
     else:
         _softmax_backward(dy, y, dx)
 

@@ -14,6 +14,7 @@ cdef extern from "dropout/table.h" nogil:
 
 cdef extern from "batchnorm/table.h" nogil:
     int FD_BATCHNORM_WIDTH, FD_BATCHNORM_TILED
+    int64_t FD_BATCHNORM_ROOM(int64_t cols, int64_t itemsize)
 
     ctypedef struct fd_activation:
         const char* name
@@ -47,6 +48,7 @@ cdef extern from "batchnorm/table.h" nogil:
         uint32_t layer, step, threshold
         uint64_t seed
         int64_t first_row, first_col
+        char* room
         uint32_t* bits
         int panels, far
 
@@ -109,6 +111,25 @@ cdef void set_dropout(fd_batchnorm_block* k, const fd_run* run, double rate, int
     k.first_row, k.first_col = run.first_row, first
 
 
+# Columns of a block of the call at most: those of a panel unless all matrices are plain.
+cdef int64_t widest(const fd_call* c) noexcept nogil:
+    cdef int64_t most = FD_BATCHNORM_WIDTH if fd_is_plain(&c.a[0]) else FD_PANEL
+    return min(most, (c.a[0].cols + FD_PANEL - 1) // FD_PANEL * FD_PANEL)
+
+
+cdef int64_t room_of(const fd_call* c, int64_t rows) noexcept nogil:
+    return FD_BATCHNORM_ROOM(widest(c), c.a[0].itemsize)
+
+
+# Words of keep bits behind the room: 8 rows more than there are, because they are drawn for 8 rows at a time.
+cdef int64_t room_and_bits(const fd_call* c, int64_t rows) noexcept nogil:
+    return room_of(c, rows) + (rows + 8) * (widest(c) // FD_PANEL) * sizeof(uint32_t)
+
+
+cdef void set_scratch(fd_batchnorm_block* k, const fd_worker* w, const fd_call* c) noexcept nogil:
+    k.room, k.bits = w.scratch, <uint32_t*>(w.scratch + room_of(c, k.rows))
+
+
 cdef void clear_padding(const fd_array* a, int64_t rows, int64_t first, int64_t cols) noexcept nogil:
     """Zero the columns of a panel that do not exist."""
     cdef int64_t r, size = a.itemsize
@@ -137,7 +158,8 @@ cdef void forward_block(const fd_call* c, const fd_run* run, const fd_worker* w,
     k.decay, k.eps = c.f[0], c.f[1]
     set_activation(&k, c.i[0], c.f[2])
     set_dropout(&k, run, c.f[3], c.i[1], c.i[2], first)
-    k.bits, k.far = <uint32_t*>w.scratch, is_far(&c.a[6], run.rows)
+    set_scratch(&k, w, c)
+    k.far = is_far(&c.a[6], run.rows)
     native.forward[c.a[0].itemsize == 8](&k)
     clear_padding(&c.a[6], run.rows, first, cols)
 
@@ -156,6 +178,7 @@ cdef void inference_block(const fd_call* c, const fd_run* run, const fd_worker* 
     k.y, k.y_stride = columns(&c.a[6], first), c.a[6].row_stride
     k.eps = c.f[0]
     set_activation(&k, c.i[0], c.f[1])
+    set_scratch(&k, w, c)
     k.far = is_far(&c.a[6], run.rows)
     native.inference[c.a[0].itemsize == 8](&k)
     clear_padding(&c.a[6], run.rows, first, cols)
@@ -173,6 +196,7 @@ cdef void fold_block(const fd_call* c, const fd_run* run, const fd_worker* w, in
     k.y, k.y_stride = columns(&c.a[6], first), c.a[6].row_stride
     k.folded = columns(&c.a[7], first)
     k.eps = c.f[0]
+    set_scratch(&k, w, c)
     native.fold[c.a[0].itemsize == 8](&k)
     clear_padding(&c.a[6], k.rows, first, cols)
 
@@ -197,7 +221,8 @@ cdef void backward_block(const fd_call* c, const fd_run* run, const fd_worker* w
     k.training = c.i[3] != 0
     set_activation(&k, c.i[0], c.f[0])
     set_dropout(&k, run, c.f[1], c.i[1], c.i[2], first)
-    k.bits, k.far = <uint32_t*>w.scratch, is_far(&c.a[8], run.rows)
+    set_scratch(&k, w, c)
+    k.far = is_far(&c.a[8], run.rows)
     native.backward[c.a[0].itemsize == 8](&k)
     clear_padding(&c.a[8], run.rows, first, cols)
 
@@ -235,18 +260,12 @@ cdef void backward_panel(const fd_call* c, const fd_run* run, const fd_worker* w
     backward_block(c, run, w, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
 
 
-# Words of keep bits: 8 rows more than there are, because they are drawn for 8 rows at a time.
-cdef int64_t bits_of(const fd_call* c, int64_t rows) noexcept nogil:
-    cdef int64_t cols = FD_BATCHNORM_WIDTH if fd_is_plain(&c.a[0]) else FD_PANEL
-    return (rows + 8) * (min(cols, c.a[0].cols + FD_PANEL - 1) // FD_PANEL) * sizeof(uint32_t)
-
-
 # ------------------------------------------------------------------------------------------------ exports
 cdef fd_kernel_info forward_info, inference_info, fold_info, backward_info
-forward_info.run, forward_info.panel, forward_info.scratch = forward, forward_panel, bits_of
-inference_info.run, inference_info.panel = inference, inference_panel
-fold_info.run = fold
-backward_info.run, backward_info.panel, backward_info.scratch = backward, backward_panel, bits_of
+forward_info.run, forward_info.panel, forward_info.scratch = forward, forward_panel, room_and_bits
+inference_info.run, inference_info.panel, inference_info.scratch = inference, inference_panel, room_of
+fold_info.run, fold_info.scratch = fold, room_of
+backward_info.run, backward_info.panel, backward_info.scratch = backward, backward_panel, room_and_bits
 
 
 cdef dict export(fd_kernel_info* info):

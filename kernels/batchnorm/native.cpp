@@ -41,41 +41,46 @@ template <class T, int S> static void apply(const Block& k, const Affine<T>& a) 
 template <class T> static void forward(const Block* block) {
   const Block& k = *block;
   const int64_t pad = padded(k.cols), bytes = k.cols * (int64_t)sizeof(T);
-  double exact[WIDTH], var[WIDTH];
-  statistics<T>(k, exact, var);
-  Affine<T> a;
-  T inv_std[WIDTH];
-  for (int64_t c = 0; c < pad; c++) {
+  Room room = {k.room};
+  Affine<T>& a = room.affine<T>();
+  double *const exact = room.take<double>(pad), *const var = room.take<double>(pad);
+  T* const inv_std = room.take<T>(pad);
+  const double eps = k.eps;
+  statistics<T>(k, room, exact, var);
+  each_column(pad, [&](int64_t c) {
     a.mean[c] = (T)exact[c];
-    inv_std[c] = (T)(1 / __builtin_sqrt(var[c] + k.eps));
-  }
+    inv_std[c] = (T)(1 / __builtin_sqrt(var[c] + eps));
+  });
   __builtin_memcpy(k.mean, a.mean, bytes);
   __builtin_memcpy(k.inv_std, inv_std, bytes);
   if (k.rows > 1) {  // one row says nothing about the spread
     const double unbiased = (double)k.rows / (double)(k.rows - 1), decay = k.decay;
-    T mean[WIDTH], spread[WIDTH];
+    T *const mean = room.take<T>(pad), *const spread = room.take<T>(pad);
     copy_padded(k.running_mean, mean, k.cols);
     copy_padded(k.running_var, spread, k.cols);
-    for (int64_t c = 0; c < pad; c++) {
+    each_column(pad, [&](int64_t c) {
       mean[c] = (T)(decay * mean[c] + (1 - decay) * exact[c]);
       spread[c] = (T)(decay * spread[c] + (1 - decay) * unbiased * var[c]);
-    }
+    });
     __builtin_memcpy(k.running_mean, mean, bytes);
     __builtin_memcpy(k.running_var, spread, bytes);
   }
-  make_affine<T>(k, inv_std, exact, a);
+  make_affine<T>(k, room, inv_std, exact, a);
   if (k.panels) apply<T, STRIP>(k, a);
   else apply<T, 0>(k, a);
 }
 
 template <class T> static void inference(const Block* block) {
   const Block& k = *block;
-  Affine<T> a;
-  T inv_std[WIDTH];
+  const int64_t pad = padded(k.cols);
+  const double eps = k.eps;
+  Room room = {k.room};
+  Affine<T>& a = room.affine<T>();
+  T* const inv_std = room.take<T>(pad);
   copy_padded(k.running_mean, a.mean, k.cols);
   copy_padded(k.running_var, inv_std, k.cols);
-  for (int64_t c = 0; c < padded(k.cols); c++) inv_std[c] = (T)(1 / __builtin_sqrt(inv_std[c] + k.eps));
-  make_affine<T>(k, inv_std, nullptr, a);
+  each_column(pad, [&](int64_t c) { inv_std[c] = (T)(1 / __builtin_sqrt(inv_std[c] + eps)); });
+  make_affine<T>(k, room, inv_std, nullptr, a);
   if (k.panels) apply<T, STRIP>(k, a);
   else apply<T, 0>(k, a);
 }
@@ -84,7 +89,7 @@ template <class T> static void inference(const Block* block) {
 template <class T> static void fold(const Block* block) {
   const Block& k = *block;
   const T *gamma = (const T*)k.gamma, *beta = (const T*)k.beta, *bias = (const T*)k.bias;
-  T gain[WIDTH];
+  T* const gain = (T*)k.room;
   for (int64_t c = 0; c < k.cols; c++) {
     const double g = gamma[c] / __builtin_sqrt(((const T*)k.running_var)[c] + k.eps);
     const double shift = (bias ? bias[c] : 0) - (double)((const T*)k.running_mean)[c];
@@ -104,8 +109,8 @@ template <class T> static void fold(const Block* block) {
 // dz = act'(u) dropout'(dy) into dx for an activation of the table: u again (and act(u) where the derivative is made from
 // it), tile by tile.
 template <class T>
-static void backward_tiles(const Block& k, const Affine<T>& a, int64_t r0, int64_t r1, T* p1, T* p2) {
-  T saved[TILE * FD_BATCHNORM_TILED];
+static void backward_tiles(const Block& k, Room room, const Affine<T>& a, int64_t r0, int64_t r1, T* p1, T* p2) {
+  T* const saved = room.take<T>(TILE * padded(k.cols));
   Block u = k;
   u.y = saved;
   u.y_stride = padded(k.cols);
@@ -127,22 +132,22 @@ static void backward_tiles(const Block& k, const Affine<T>& a, int64_t r0, int64
 }
 
 template <class T, int S>
-static void sums(const Block& k, const Affine<T>& a, double* s1, double* s2) {
+static void sums(const Block& k, Room room, const Affine<T>& a, double* s1, double* s2) {
   const int64_t pad = padded(k.cols), stride = k.dy_stride;
   const T* const dy = (const T*)k.dy;
   const bool by_output = k.relu && k.y;
-  T p1[WIDTH], p2[WIDTH];
-  for (int64_t c = 0; c < pad; c++) s1[c] = s2[c] = 0;
+  T *const p1 = room.take<T>(pad), *const p2 = room.take<T>(pad);
+  each_column(pad, [&](int64_t c) { s1[c] = s2[c] = 0; });
   for (int64_t r = 0; r < k.rows; r += SPAN) {
     const int64_t r1 = least(k.rows, r + SPAN);
-    for (int64_t c = 0; c < pad; c++) p1[c] = p2[c] = 0;
+    each_column(pad, [&](int64_t c) { p1[c] = p2[c] = 0; });
     if (k.drop && !by_output) draw_bits(k, k.bits, r, r1);
     if (by_output) sum_rows<T, S, OUTPUT>(k, a, dy, stride, r, r1, p1, p2);
     else if (k.relu) sum_rows<T, S, SIGN>(k, a, dy, stride, r, r1, p1, p2);
-    else if (k.activation) backward_tiles<T>(k, a, r, r1, p1, p2);
+    else if (k.activation) backward_tiles<T>(k, room, a, r, r1, p1, p2);
     else if (k.drop) sum_rows<T, S, BITS>(k, a, dy, stride, r, r1, p1, p2);
     else sum_rows<T, S, OPEN>(k, a, dy, stride, r, r1, p1, p2);
-    for (int64_t c = 0; c < pad; c++) s1[c] += p1[c], s2[c] += p2[c];
+    each_column(pad, [&](int64_t c) { s1[c] += p1[c], s2[c] += p2[c]; });
   }
 }
 
@@ -168,32 +173,33 @@ template <class T> static void backward(const Block* block) {
   const Block& k = *block;
   const int64_t pad = padded(k.cols), bytes = k.cols * (int64_t)sizeof(T);
   const bool panel = k.panels;
-  Affine<T> a;
-  T inv_std[WIDTH];
-  double s1[WIDTH], s2[WIDTH];
+  Room room = {k.room};
+  Affine<T>& a = room.affine<T>();
+  T* const inv_std = room.take<T>(pad);
+  double *const s1 = room.take<double>(pad), *const s2 = room.take<double>(pad);
   copy_padded(k.mean, a.mean, k.cols);
   copy_padded(k.inv_std, inv_std, k.cols);
   int loose = 0;
   if (k.training)
     for (int64_t c = 0; c < pad; c++) loose |= is_loose(a.mean[c], inv_std[c]);
-  if (loose) statistics<T>(k, s1, s2);  // the float64 mean again, bit for bit
-  make_affine<T>(k, inv_std, loose ? s1 : nullptr, a);
+  if (loose) statistics<T>(k, room, s1, s2);  // the float64 mean again, bit for bit
+  make_affine<T>(k, room, inv_std, loose ? s1 : nullptr, a);
   if (k.dslope) __builtin_memset(k.dslope, 0, bytes);
-  if (panel) sums<T, STRIP>(k, a, s1, s2);
-  else sums<T, 0>(k, a, s1, s2);
+  if (panel) sums<T, STRIP>(k, room, a, s1, s2);
+  else sums<T, 0>(k, room, a, s1, s2);
 
-  T along[WIDTH], across[WIDTH], dgamma[WIDTH], dbeta[WIDTH];
+  T *const along = room.take<T>(pad), *const across = room.take<T>(pad);
+  T *const dgamma = room.take<T>(pad), *const dbeta = room.take<T>(pad);
   const double share = k.training ? 1.0 / (double)k.rows : 0;
-  for (int64_t c = 0; c < pad; c++) {
+  each_column(pad, [&](int64_t c) {
     const double total = (s2[c] - a.rest[c] * s1[c]) * inv_std[c];  // xhat = (x - mean - rest) inv_std
     const double e = total * inv_std[c] * share;
     dbeta[c] = (T)s1[c];
     dgamma[c] = (T)total;
     along[c] = (T)e;
     across[c] = (T)(s1[c] * share - e * a.rest[c]);
-  }
-  if (!k.training)  // an infinite sum times 0 is no number
-    for (int64_t c = 0; c < pad; c++) along[c] = across[c] = 0;
+  });
+  if (!k.training) each_column(pad, [&](int64_t c) { along[c] = across[c] = 0; });  // an infinite sum times 0 is no number
   __builtin_memcpy(k.dbeta, dbeta, bytes);
   __builtin_memcpy(k.dgamma, dgamma, bytes);
   if (panel) finish<T, STRIP>(k, a, along, across);

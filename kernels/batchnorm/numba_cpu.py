@@ -16,7 +16,7 @@ from fastdl.kernels.activations.points import POINTS
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.batchnorm.reference import batchnorm_fold
 from fastdl.kernels.common import philox
-from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
+from fastdl.kernels.common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel
 from fastdl.kernels.random.points import MASK, philox4x32
 from fastdl.kernels.registry import Impl, register
 
@@ -354,7 +354,6 @@ def _dropout(rate: float, seed: int, layer: int, step: int, first_row: int, dtyp
 
 def _width(x: np.ndarray, threads: int) -> int:
     """Columns of a task: a share for each thread, a multiple of 32. No result depends on it."""
-    set_threads(threads)
     share = -(-x.shape[1] // max(1, threads))
     return min(WIDTH, -(-share // 32) * 32)
 
@@ -368,7 +367,8 @@ def batchnorm_forward(
     drop, stream = _dropout(rate, seed, layer, step, first_row, x.dtype)
     width = _width(x, threads)
     statistics = running_mean, running_var
-    forward(x, gamma, beta, *statistics, slope, y, mean, inv_std, True, decay, eps, fused, drop, stream, width)
+    settings = True, decay, eps, fused, drop, stream, width
+    forward(x, gamma, beta, *statistics, slope, y, mean, inv_std, *settings, threads=threads)
 
 
 def batchnorm_inference(
@@ -380,7 +380,8 @@ def batchnorm_inference(
     statistics = running_mean.copy(), running_var.copy()  # the kernel writes these arguments when it trains
     mean, inv_std = running_mean.copy(), np.empty_like(running_var)
     width = _width(x, threads)
-    forward(x, gamma, beta, *statistics, slope, y, mean, inv_std, False, 0.0, eps, fused, drop, stream, width)
+    settings = False, 0.0, eps, fused, drop, stream, width
+    forward(x, gamma, beta, *statistics, slope, y, mean, inv_std, *settings, threads=threads)
 
 
 def batchnorm_backward(
@@ -396,7 +397,7 @@ def batchnorm_backward(
     dz = dx if fresh else dy
     width, gradients = _width(x, threads), (dx, dgamma, dbeta, dslope)
     constants = bool(training), fresh, fused, drop, stream, width
-    backward(dy, x, gamma, beta, mean, inv_std, slope, dz, *gradients, *constants)
+    backward(dy, x, gamma, beta, mean, inv_std, slope, dz, *gradients, *constants, threads=threads)
 
 
 register(Impl("batchnorm_forward", "numba", batchnorm_forward))

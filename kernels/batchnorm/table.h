@@ -9,7 +9,12 @@
 
 /* Columns of a block at most. A multiple of 32. */
 #define FD_BATCHNORM_WIDTH 2048
-#define FD_BATCHNORM_TILED 128 /* with an activation of the table, whose tiles stand on the stack */
+#define FD_BATCHNORM_TILED 128 /* with an activation of the table, whose tiles of 32 rows stand in scratch */
+/* Bytes of scratch of a block of so many columns, a multiple of 32: the affine map, the at most 8 vectors that live at a
+ * time, and a tile. Nothing large stands on the stack, which may be as small as 128 KB: these took 230 KB of it. */
+#define FD_BATCHNORM_ROOM(cols, itemsize)                     \
+  (4 * FD_BATCHNORM_WIDTH * (itemsize) + 8 * 8 * (cols) +     \
+   32 * (itemsize) * ((cols) < FD_BATCHNORM_TILED ? (cols) : FD_BATCHNORM_TILED))
 
 typedef struct {
   int64_t rows, cols;
@@ -29,7 +34,8 @@ typedef struct {
   int drop;                               /* the dropout fields below are used */
   uint32_t layer, step, threshold;
   uint64_t seed;
-  uint32_t* bits;                         /* words of 32 keep bits, [strip][rows + 8]; scratch */
+  char* room;                             /* scratch of FD_BATCHNORM_ROOM bytes, 64-byte aligned */
+  uint32_t* bits;                         /* scratch: words of 32 keep bits, [strip][rows + 8] */
   int panels;                             /* matrices lie in panels, padded with zeros to 32 columns */
   int far;                                /* the output is large: store past the caches */
   int64_t first_row, first_col;           /* of the block's first element in the step's batch */

@@ -31,8 +31,10 @@ typedef struct {
   int64_t first_row;   /* global row of row 0 in the step's full batch (dropout counters) */
   int64_t total_rows;  /* rows of the step's full batch (the loss is a mean over these) */
   int64_t offset;      /* position of row 0 in the epoch's permutation */
-  uint32_t step, epoch; /* both from 0 */
+  uint32_t step, epoch; /* positions in the random streams, both from 0 */
+  uint32_t update;      /* updates that the optimiser's moments have seen: bias corrections use update + 1 */
   double lr;
+  double scale;         /* factor of the gradient in the update (1.0 changes no bit) */
 } fd_run;
 
 typedef struct fd_team fd_team; /* team.h */

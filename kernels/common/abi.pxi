@@ -14,8 +14,8 @@ cdef extern from "abi.h" nogil:
 
     ctypedef struct fd_run:
         int64_t rows, first_row, total_rows, offset
-        uint32_t step, epoch
-        double lr
+        uint32_t step, epoch, update
+        double lr, scale
 
     ctypedef struct fd_team
 

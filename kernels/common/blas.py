@@ -8,44 +8,77 @@ Program's threads, the Numba back end holds it to one and splits large products 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from fastdl.kernels.common import fork
 
 #: Operations of a product from which it is split: handing a part to a sleeping thread costs 30 to 50 us, which is 8
 #: Mflop at 200 Gflop/s.
 SPLIT_FLOPS = 3e7
 
-_controller: Any = None
-_held: int | None = None  # the limit of the `with` block that is running
 _pool: ThreadPoolExecutor | None = None
+
+
+@dataclass(eq=False)
+class _Limit:
+    """A `limit_blas` block that is running."""
+
+    threads: int
+    holder: int  # the Python thread
+
+
+_lock = threading.RLock()
+fork.hold(_lock)
+_limits: list[_Limit] = []
+_as_found: list[tuple[Any, int]] = []  # each BLAS with its own number of threads, while there are limits
+
+
+@functools.cache
+def _libraries() -> list[Any]:
+    from threadpoolctl import ThreadpoolController
+
+    controllers = ThreadpoolController().lib_controllers  # kept: looking for them costs 230 us
+    return [library for library in controllers if library.user_api == "blas" and library.get_num_threads()]
+
+
+def _apply() -> None:
+    """The smallest limit holds: BLAS has one number for the whole process."""
+    least = min((limit.threads for limit in _limits), default=None)
+    for library, own in _as_found:
+        wanted = own if least is None else least
+        if library.get_num_threads() != wanted:
+            library.set_num_threads(wanted)
 
 
 @contextlib.contextmanager
 def limit_blas(threads: int) -> Iterator[None]:
-    """Hold BLAS to so many threads; its own number is left as found afterwards.
+    """Hold BLAS to so many threads; its own number is left as found when the last block of any Python thread ends.
 
     A BLAS pool that is larger than the work needs costs more than it gives: on two busy cores a product of 64 rows took
     9 ms instead of 20 us.
     """
-    global _controller, _held
-    if _held == threads:
-        yield
-        return
-    if _controller is None:
-        from threadpoolctl import ThreadpoolController
-
-        _controller = ThreadpoolController()  # kept: making one costs 230 us, using it 9
-    outer, _held = _held, threads
+    limit = _Limit(threads, threading.get_ident())
     try:
-        with _controller.limit(limits=threads, user_api="blas"):
-            yield
+        with _lock:
+            if not _limits:
+                _as_found[:] = [(library, library.get_num_threads()) for library in _libraries()]
+            _limits.append(limit)
+            _apply()
+        yield
     finally:
-        _held = outer
+        with _lock:
+            if limit in _limits:
+                _limits.remove(limit)
+                _apply()
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
@@ -55,13 +88,17 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def _forget() -> None:
+def _in_child() -> None:
+    """The child has none of the parent's other threads: neither those of the pool nor those that held BLAS down."""
     global _pool
     _pool = None
+    here = threading.get_ident()
+    _limits[:] = [limit for limit in _limits if limit.holder == here]
+    _apply()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)  # the threads stay with the parent
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, threads: int) -> None:

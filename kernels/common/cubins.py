@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable
 
 from fastdl.kernels.common.gpu import Kernel
-from fastdl.kernels.common.numba_cpu import cache_dir, source_hash
+from fastdl.kernels.common.numba_cpu import FOLDER, source_hash
 
 #: Filled by ``python -m fastdl cubins``; part of a wheel if it was built with them.
 PACKED = pathlib.Path(__file__).resolve().parent / "cubins"
@@ -42,13 +42,14 @@ def code(kernel: Kernel, dtype: str, cc: tuple[int, int]) -> bytes:
     found = packed(kernel, dtype, cc)
     if found is not None:
         return found
-    path = pathlib.Path(cache_dir()) / file_name(kernel, dtype, cc)
-    if path.exists():
+    path = None if FOLDER is None else pathlib.Path(FOLDER) / file_name(kernel, dtype, cc)
+    if path is not None and path.exists():
         return path.read_bytes()
     from fastdl.kernels.common import numba_cuda
 
     found, _ = numba_cuda.cubin(kernel, dtype, cc)
-    write(path, found)
+    if path is not None:
+        write(path, found)
     return found
 
 

@@ -7,19 +7,25 @@ hash of all kernel sources, because Numba invalidates a cached kernel only when 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
-import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numba
 from numba.core import config
+from numba.core.compiler_lock import global_compiler_lock
+
+from fastdl.kernels.common import cache, fork
 
 FASTMATH = {"contract", "nsz", "arcp"}
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+fork.hold(global_compiler_lock)  # LLVM in the middle of its work would be of no use to the child
 
 
 def source_hash() -> str:
@@ -31,28 +37,19 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_dir() -> str:
-    """``NUMBA_CACHE_DIR`` or the user's cache folder, with the source hash below it; a temporary one if read-only."""
-    base = os.environ.get("NUMBA_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "fastdl"
-    )
-    path = os.path.join(base, f"kernels-{source_hash()}")
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError:
-        return os.path.join(tempfile.gettempdir(), f"fastdl-{os.getuid() if hasattr(os, 'getuid') else 0}", path[-16:])
-
-
-_CACHE = cache_dir()
+#: Where compiled code is kept, or None; and why folders were passed over.
+FOLDER, REFUSALS = cache.folder(source_hash())
+_CACHE = os.path.join(FOLDER or "", "numba")
 
 
 def _jit(function: Callable[..., Any], **options: Any) -> Any:
     before = config.CACHE_DIR
-    config.CACHE_DIR = _CACHE  # read while decorating: the caller's own kernels keep their place
+    # Read while decorating: the caller's own kernels keep their place. Numba's key of a kernel does not tell parallel
+    # from serial code, hence a folder of its own for each.
+    config.CACHE_DIR = os.path.join(_CACHE, "parallel" if options else "serial")
     try:
-        return numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True, **options)(function)
+        options.update(error_model="numpy", fastmath=FASTMATH, nogil=True, cache=FOLDER is not None)
+        return numba.njit(**options)(function)
     finally:
         config.CACHE_DIR = before
 
@@ -62,34 +59,63 @@ def point(function: Callable[..., Any]) -> Any:
     return numba.njit(error_model="numpy", fastmath=FASTMATH, inline="never")(function)
 
 
-def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """A fused loop over ``prange``."""
-    return _jit(function, parallel=True)
-
-
 def serial_kernel(function: Callable[..., Any]) -> Any:
     """A loop for one thread."""
     return _jit(function)
 
 
-def set_threads(threads: int) -> None:
-    """Threads of the next parallel kernel, within what Numba was started with."""
-    _start()
-    numba.set_num_threads(max(1, min(threads, config.NUMBA_NUM_THREADS)))
+def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
+    """A fused loop over ``prange``: called with the keyword ``threads``, on one thread as a plain loop.
+
+    One thread never enters Numba's pool, and neither does a forked child, which libgomp would kill for it.
+    """
+    serial, parallel = _jit(function), _jit(function, parallel=True)
+
+    @functools.wraps(function)
+    def kernel(*args: Any, threads: int) -> None:
+        threads = min(threads, config.NUMBA_NUM_THREADS)
+        if threads == 1 or fork.is_child:
+            serial(*args)
+            return
+        with _region():
+            before = numba.get_num_threads()
+            try:
+                numba.set_num_threads(threads)
+                parallel(*args)
+            finally:
+                numba.set_num_threads(before)
+
+    return kernel
+
+
+_start = threading.Lock()
 
 
 @functools.cache
-def _start() -> None:
-    """Start Numba's threads, once, asleep between kernels.
+def _layer() -> str:
+    """Start Numba's threads, asleep between kernels; the name of the library that runs them.
 
     libgomp lets idle threads spin for milliseconds by default, on the cores that the next dense product needs
     (blas.py): a step of wide took 112 ms on two threads instead of 70. It reads the setting when it is loaded, which is
     now unless something else has loaded it; a user's own choice stands.
     """
-    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        return
-    os.environ["GOMP_SPINCOUNT"] = "0"
+    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+    if not chosen:
+        os.putenv("GOMP_SPINCOUNT", "0")  # for C alone: os.environ is the user's
     try:
-        numba.set_num_threads(numba.get_num_threads())
+        numba.get_num_threads()
     finally:
-        del os.environ["GOMP_SPINCOUNT"]
+        if not chosen:
+            os.unsetenv("GOMP_SPINCOUNT")
+    return numba.threading_layer()
+
+
+#: The workqueue layer ends the process when two Python threads are in a parallel region: one at a time.
+_queue = threading.Lock()
+
+
+def _region() -> contextlib.AbstractContextManager[Any]:
+    """What to hold around a parallel region."""
+    with _start:
+        alone = _layer() == "workqueue"
+    return _queue if alone else contextlib.nullcontext()

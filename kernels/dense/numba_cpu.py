@@ -13,14 +13,15 @@ import numpy as np
 from numba import prange
 
 from fastdl.kernels.common.blas import matmul
-from fastdl.kernels.common.numba_cpu import parallel_kernel, serial_kernel, set_threads
+from fastdl.kernels.common.numba_cpu import parallel_kernel
 from fastdl.kernels.registry import Impl, find, register, spec
 
 #: Elements below which waking the threads (5 us) costs more than the sweep.
 PARALLEL_FROM = 1 << 15
 
 
-def _finish(y, b, relu):
+@parallel_kernel
+def finish(y, b, relu):
     rows, cols = y.shape
     for r in prange(rows):
         for c in range(cols):
@@ -28,17 +29,14 @@ def _finish(y, b, relu):
             y[r, c] = y.dtype.type(0) if relu and v < 0 else v
 
 
-def _finish_both(z, y, b, relu):
+@parallel_kernel
+def finish_both(z, y, b, relu):
     rows, cols = z.shape
     for r in prange(rows):
         for c in range(cols):
             v = z[r, c] + b[c]
             z[r, c] = v
             y[r, c] = y.dtype.type(0) if relu and v < 0 else v
-
-
-finish, finish_serial = parallel_kernel(_finish), serial_kernel(_finish)
-finish_both, finish_both_serial = parallel_kernel(_finish_both), serial_kernel(_finish_both)
 
 
 def dense_forward(
@@ -59,13 +57,11 @@ def dense_forward(
     if b is None and z is None and not relu and swept:
         return
     bias = np.zeros(w.shape[1], w.dtype) if b is None else b
-    parallel = threads > 1 and y.size >= PARALLEL_FROM
-    if parallel:
-        set_threads(threads)
+    shared_by = threads if y.size >= PARALLEL_FROM else 1
     if z is None or not swept:
-        (finish if parallel else finish_serial)(before, bias, relu)
+        finish(before, bias, relu, threads=shared_by)
     else:
-        (finish_both if parallel else finish_both_serial)(z, y, bias, relu)
+        finish_both(z, y, bias, relu, threads=shared_by)
     if not swept:
         params = {"alpha": alpha} if any(p.name == "alpha" for p in spec(f"{activation}_forward").params) else {}
         find(f"{activation}_forward", "numba").fn(before, y, **params, threads=threads)

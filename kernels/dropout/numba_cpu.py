@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from fastdl.kernels.common import philox
-from fastdl.kernels.common.numba_cpu import parallel_kernel, point, set_threads
+from fastdl.kernels.common.numba_cpu import parallel_kernel, point
 from fastdl.kernels.random.points import MASK, philox4x32
 from fastdl.kernels.registry import Impl, register
 
@@ -76,15 +76,13 @@ def _words(rate, seed, layer, step, first_row):
 def dropout_forward(x, y, *, rate=0.5, seed=0, layer=0, step=0, first_row=0, threads=1):
     """Drop elements of x (N, C) into y (N, C); y may be x."""
     T, words = _words(rate, seed, layer, step, first_row)
-    set_threads(threads)
-    apply(x, y, philox.scale(T, x.dtype), *words)
+    apply(x, y, philox.scale(T, x.dtype), *words, threads=threads)
 
 
 def dropout_mask(mask, *, rate=0.5, seed=0, layer=0, step=0, first_row=0, threads=1):
     """Write which elements are kept to mask (N, C), bool."""
     _, words = _words(rate, seed, layer, step, first_row)
-    set_threads(threads)
-    fill_mask(mask, *words)
+    fill_mask(mask, *words, threads=threads)
 
 
 register(Impl("dropout_forward", "numba", dropout_forward))

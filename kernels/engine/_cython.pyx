@@ -153,8 +153,19 @@ cdef void run_eager(void* context, const fd_worker* worker) noexcept nogil:
     e.call.info.run(e.call, &e.run, worker)
 
 
+cdef fd_run run_block(int64_t rows, uint32_t step, uint32_t epoch, int64_t first_row, int64_t total_rows,
+                      int64_t offset, uint32_t update, double lr, double scale) noexcept:
+    cdef fd_run run
+    run.rows, run.first_row, run.offset = rows, first_row, offset
+    run.total_rows = total_rows if total_rows else rows
+    run.step, run.epoch, run.update = step, epoch, update
+    run.lr, run.scale = lr, scale
+    return run
+
+
 def invoke(capsule, tuple arrays, tuple ints, tuple floats, int64_t rows, int threads=1, uint32_t step=0,
-           uint32_t epoch=0, int64_t first_row=0, int64_t total_rows=0, int64_t offset=0, double lr=0.0):
+           uint32_t epoch=0, int64_t first_row=0, int64_t total_rows=0, int64_t offset=0, uint32_t update=0,
+           double lr=0.0, double scale=1.0):
     """Run one kernel once. The arguments have been checked above (`fastdl.ops`)."""
     cdef fd_call call
     cdef Eager eager
@@ -162,9 +173,7 @@ def invoke(capsule, tuple arrays, tuple ints, tuple floats, int64_t rows, int th
     cdef Workspace space
     fill_call(&call, capsule, arrays, ints, floats)
     eager.call = &call
-    eager.run.rows, eager.run.first_row, eager.run.offset = rows, first_row, offset
-    eager.run.total_rows = total_rows if total_rows else rows
-    eager.run.step, eager.run.epoch, eager.run.lr = step, epoch, lr
+    eager.run = run_block(rows, step, epoch, first_row, total_rows, offset, update, lr, scale)
     threads = max(1, min(threads, FD_MAX_THREADS))
     needs(&call, rows, &private_bytes, &shared_bytes)
     space = <Workspace>_idle.pop() if _idle else Workspace()
@@ -184,8 +193,8 @@ cdef struct Steps:
     int64_t count      # rows of the data set; 0: every step has run.rows rows
     int64_t batch
     int64_t steps
-    const double* stats   # written by the loss call: mean loss, weight, correct
-    double* totals        # loss * rows, rows, correct: added up over the steps
+    const double* stats   # written by the loss call: loss, rows or sum of weights, correct
+    double* totals        # loss * mass, mass, correct, rows: added up over the steps
 
 
 cdef void run_steps(void* context, const fd_worker* worker) noexcept nogil:
@@ -205,12 +214,15 @@ cdef void run_steps(void* context, const fd_worker* worker) noexcept nogil:
             if call.barrier:
                 fd_barrier(worker)
         if worker.thread == 0 and s.totals != NULL:
-            s.totals[0] += s.stats[0] * run.rows
-            s.totals[1] += run.rows
+            if s.stats[1] != 0.0:  # a batch of zero weights has no mean
+                s.totals[0] += s.stats[0] * s.stats[1]
+                s.totals[1] += s.stats[1]
             s.totals[2] += s.stats[2]
+            s.totals[3] += run.rows
         if s.count:
             run.offset += run.rows
             run.step += 1
+            run.update += 1
     fd_restore_denormals(mode)
 
 
@@ -225,7 +237,7 @@ cdef class NativeProgram:
     rows : int
         Maximum rows of a batch (scratch is sized for it).
     threads : int
-    stats, totals : float64 arrays of 3 values, or None
+    stats, totals : float64 arrays of 3 and 4 values, or None
     version : int64 array of one value
         Counts the changes of the model's parameters.
     folds : int
@@ -294,30 +306,27 @@ cdef class NativeProgram:
             fill_array(&self.memory[call].a[position], array)
 
     def run(self, int first, int last, int64_t rows, uint32_t step=0, uint32_t epoch=0, int64_t first_row=0,
-            int64_t total_rows=0, double lr=0.0, int64_t offset=0):
+            int64_t total_rows=0, int64_t offset=0, uint32_t update=0, double lr=0.0, double scale=1.0):
         """Run the heads [first, last) once."""
-        self._go(first, last, rows, step, epoch, first_row, total_rows if total_rows else rows, lr, offset, 0, 0, 1, False)
+        self._go(first, last, run_block(rows, step, epoch, first_row, total_rows, offset, update, lr, scale), 0, 0, 1)
 
-    def steps(self, int first, int last, int64_t count, int64_t batch, int64_t offset, int64_t steps, uint32_t step,
-              uint32_t epoch, double lr):
+    def steps(self, int first, int last, int64_t count, int64_t batch, int64_t steps, uint32_t step, uint32_t epoch,
+              int64_t offset, uint32_t update, double lr, double scale):
         """Run ``steps`` batches of a data set of ``count`` rows, from row ``offset`` of the epoch on."""
-        self._go(first, last, 0, step, epoch, 0, 0, lr, offset, count, batch, steps, True)
+        self._go(first, last, run_block(0, step, epoch, 0, 0, offset, update, lr, scale), count, batch, steps)
 
-    cdef int _go(self, int first, int last, int64_t rows, uint32_t step, uint32_t epoch, int64_t first_row,
-                 int64_t total_rows, double lr, int64_t offset, int64_t count, int64_t batch, int64_t steps,
-                 bint add_up) except -1:
+    cdef int _go(self, int first, int last, fd_run run, int64_t count, int64_t batch, int64_t steps) except -1:
+        """One run (count 0), or steps over a data set, whose losses are added up."""
         cdef Steps s
         if self.changes:
             self.version_at[0] += 1
         if 0 < self.folds <= first and self.folded != self.version_at[0]:
-            self._go(0, self.folds, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, False)
+            self._go(0, self.folds, run_block(0, 0, 0, 0, 0, 0, 0, 0.0, 1.0), 0, 0, 1)
             self.folded = self.version_at[0]
         s.calls, s.first, s.last = self.heads, first, last
-        s.run.rows, s.run.first_row, s.run.total_rows, s.run.offset = rows, first_row, total_rows, offset
-        s.run.step, s.run.epoch, s.run.lr = step, epoch, lr
-        s.count, s.batch, s.steps = count, batch, steps
+        s.run, s.count, s.batch, s.steps = run, count, batch, steps
         s.stats = self.stats_at
-        s.totals = self.totals_at if add_up and self.stats_at != NULL else NULL
+        s.totals = self.totals_at if count and self.stats_at != NULL else NULL
         with nogil:
             fd_parallel(run_steps, &s, self.threads, self.space.memory, self.space.private_bytes, self.space.shared,
                         self.space.team)
@@ -325,6 +334,15 @@ cdef class NativeProgram:
 
 
 # ---------------------------------------------------------------------------------------------- one batch, quickly
+cdef bint has_buffer(array, Py_buffer* view) except -1:
+    """Whether the view is filled: NumPy has none for dates and some kinds of text."""
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (BufferError, ValueError):
+        return False
+    return True
+
+
 cdef class SingleStep:
     """Training steps on batches that need no conversion: check, bind and run in one call from Python.
 
@@ -356,7 +374,7 @@ cdef class SingleStep:
         self.width, self.rows, self.classes = width, rows, classes
         self.kind = c"d" if double else c"f"
 
-    def run(self, x, targets, uint32_t step, uint32_t epoch, double lr):
+    def run(self, x, targets, uint32_t step, uint32_t epoch, uint32_t update, double lr):
         """The batch's loss; None where a batch is not of the plain kind and nothing has been done.
 
         Its arrays live as long as the call; whoever runs the Program next binds others.
@@ -367,16 +385,15 @@ cdef class SingleStep:
             return None
         program.rebind(self.x_places, x)
         program.rebind(self.target_places, targets)
-        program._go(0, program.count, rows, step, epoch, 0, rows, lr, 0, 0, 0, 1, False)
+        program._go(0, program.count, run_block(rows, step, epoch, 0, rows, 0, update, lr, 1.0), 0, 0, 1)
         return program.stats_at[0]
 
     cdef int64_t rows_of(self, array) except -2:
         """Rows of a C-contiguous matrix of the step's type and width, else -1."""
         cdef Py_buffer view
         cdef int64_t rows = -1
-        if type(array) is not ndarray:
+        if type(array) is not ndarray or not has_buffer(array, &view):
             return -1
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
         if (view.ndim == 2 and view.format[0] == self.kind and view.format[1] == 0 and view.shape[1] == self.width
                 and view.shape[0] <= self.rows and view.strides[1] == view.itemsize
                 and view.strides[0] == self.width * view.itemsize):
@@ -389,9 +406,8 @@ cdef class SingleStep:
         cdef int64_t k
         cdef const int64_t* label
         cdef bint good = False
-        if type(array) is not ndarray:
+        if type(array) is not ndarray or not has_buffer(array, &view):
             return False
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
         if (view.ndim == 1 and view.format[0] == c"l" and view.format[1] == 0 and view.itemsize == 8
                 and view.shape[0] == rows and view.strides[0] == 8):
             label, good = <const int64_t*>view.buf, True
@@ -455,7 +471,7 @@ cdef class Prediction:
             PyBuffer_Release(&made)  # y lives on
             self.point(self.x_places, <char*>view.buf)
             self.point(self.y_places, <char*>made.buf)
-            self.native._go(self.first, self.last, rows, 0, 0, 0, rows, 0, 0, 0, 0, 1, False)
+            self.native._go(self.first, self.last, run_block(rows, 0, 0, 0, rows, 0, 0, 0.0, 1.0), 0, 0, 1)
         finally:
             PyBuffer_Release(&view)
         return y

@@ -4,6 +4,9 @@
  * shares the cores, and its threads do not survive a fork. Here whoever waits spins a little and then sleeps (team.h). A
  * crew belongs to one caller at a time, so Python threads that train at once have crews of their own; idle ones are kept
  * for the next caller.
+ *
+ * A team is the first members of a crew, each called by a flag of its own: the others sleep on. A crew that is too small
+ * grows, so that there are never more members than teams at work at once have needed.
  */
 #ifndef FASTDL_CREW_H
 #define FASTDL_CREW_H
@@ -20,13 +23,14 @@ typedef struct fd_crew fd_crew;
 typedef struct {
   fd_crew* crew;
   int thread;   /* 1, 2, ...: the caller is 0 */
-  fd_flag done; /* the last job it has finished */
+  fd_flag job;  /* number of its last job handed out */
+  fd_flag done; /* and finished */
 } fd_member;
 
 struct fd_crew {
-  fd_crew* next;      /* in the list of idle crews */
-  int asked, threads; /* asked for, and there: fewer where the system refuses threads */
-  fd_flag job;        /* number of the last job handed out */
+  fd_crew* next; /* in the list of idle crews */
+  int threads;   /* there, with the caller */
+  int working;   /* of them, on the job at hand */
   fd_body body;
   void* context;
   char *scratch, *shared;
@@ -36,14 +40,14 @@ struct fd_crew {
 };
 
 static void fd_work(const fd_crew* crew, int thread) {
-  const fd_worker w = {thread, crew->threads, crew->team, crew->scratch + thread * crew->scratch_bytes, crew->shared};
+  const fd_worker w = {thread, crew->working, crew->team, crew->scratch + thread * crew->scratch_bytes, crew->shared};
   crew->body(crew->context, &w);
 }
 
 static void* fd_serve(void* member_) {
   fd_member* member = (fd_member*)member_;
   for (uint32_t job = 1;; job++) {
-    fd_await(&member->crew->job, job);
+    fd_await(&member->job, job);
     fd_work(member->crew, member->thread);
     fd_publish(&member->done, job);
   }
@@ -60,21 +64,19 @@ static void fd_forget_crews(void) {
   fd_idle_crews = NULL;
 }
 
-static fd_crew* fd_make_crew(int threads) {
+/* Up to so many threads, the caller among them; fewer where the system refuses more, and asks again the next time. */
+static void fd_grow(fd_crew* crew, int threads) {
   static int registered = 0;
-  fd_crew* crew = (fd_crew*)calloc(1, sizeof(fd_crew));
   pthread_attr_t attributes;
   sigset_t all, before;
-  if (!crew) return NULL;
   if (!__atomic_exchange_n(&registered, 1, __ATOMIC_ACQ_REL)) pthread_atfork(NULL, NULL, fd_forget_crews);
-  crew->asked = threads;
   pthread_attr_init(&attributes);
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attributes, FD_STACK_BYTES);
   sigfillset(&all); /* signals are for the interpreter's thread, but for a thread's own faults (faulthandler) */
   sigdelset(&all, SIGSEGV), sigdelset(&all, SIGBUS), sigdelset(&all, SIGFPE), sigdelset(&all, SIGILL);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  for (crew->threads = 1; crew->threads < threads; crew->threads++) {
+  for (; crew->threads < threads; crew->threads++) {
     fd_member* member = &crew->members[crew->threads];
     pthread_t thread;
     member->crew = crew;
@@ -83,20 +85,24 @@ static fd_crew* fd_make_crew(int threads) {
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   pthread_attr_destroy(&attributes);
-  return crew;
 }
 
+/* The smallest idle crew that is large enough, else the largest, else a new one; grown to the size asked for. */
 static fd_crew* fd_take_crew(int threads) {
-  fd_crew* found = NULL;
+  fd_crew *crew = NULL, **best = NULL;
   pthread_mutex_lock(&fd_idle_lock);
-  for (fd_crew** place = &fd_idle_crews; *place; place = &(*place)->next)
-    if ((*place)->asked == threads) {
-      found = *place;
-      *place = found->next;
-      break;
-    }
+  for (fd_crew** place = &fd_idle_crews; *place; place = &(*place)->next) {
+    const int has = (*place)->threads, most = best ? (*best)->threads : 0;
+    if (most < threads ? has > most : has >= threads && has < most) best = place;
+  }
+  if (best) {
+    crew = *best;
+    *best = crew->next;
+  }
   pthread_mutex_unlock(&fd_idle_lock);
-  return found ? found : fd_make_crew(threads);
+  if (!crew && (crew = (fd_crew*)calloc(1, sizeof(fd_crew)))) crew->threads = 1;
+  if (crew && crew->threads < threads) fd_grow(crew, threads);
+  return crew;
 }
 
 static void fd_give_back(fd_crew* crew) {
@@ -116,13 +122,13 @@ static void fd_parallel(fd_body body, void* context, int threads, char* scratch,
     body(context, &alone);
     return;
   }
-  for (int t = 0; t < FD_MAX_THREADS; t++) team->flag[t].count = 0;
+  crew->working = threads < crew->threads ? threads : crew->threads;
   crew->body = body, crew->context = context, crew->team = team;
   crew->scratch = scratch, crew->scratch_bytes = scratch_bytes, crew->shared = shared;
-  const uint32_t job = crew->job.count + 1;
-  fd_publish(&crew->job, job);
+  for (int t = 0; t < crew->working; t++) team->flag[t].count = 0;
+  for (int t = 1; t < crew->working; t++) fd_publish(&crew->members[t].job, crew->members[t].job.count + 1);
   fd_work(crew, 0);
-  for (int t = 1; t < crew->threads; t++) fd_await(&crew->members[t].done, job);
+  for (int t = 1; t < crew->working; t++) fd_await(&crew->members[t].done, crew->members[t].job.count);
   fd_give_back(crew);
 }
 #endif

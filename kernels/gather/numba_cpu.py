@@ -5,10 +5,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from fastdl.kernels.common.numba_cpu import parallel_kernel, serial_kernel, set_threads
+from fastdl.kernels.common.numba_cpu import parallel_kernel, serial_kernel
 from fastdl.kernels.registry import Impl, register
 
 
+@parallel_kernel
 def copy_rows(source, index, out):
     for i in numba.prange(index.shape[0]):
         row = index[i]
@@ -16,23 +17,15 @@ def copy_rows(source, index, out):
             out[i, c] = source[row, c]
 
 
+@parallel_kernel
 def copy_elements(source, index, out):
     for i in numba.prange(index.shape[0]):
         out[i] = source[index[i]]
 
 
-# A parallel region costs 1 us, as much as a small batch itself: one thread runs the same loop without.
-serial_rows, parallel_rows = serial_kernel(copy_rows), parallel_kernel(copy_rows)
-parallel_elements = parallel_kernel(copy_elements)
-
-
 def gather_rows(source, index, out, *, threads=1):
     """out[i] = source[index[i]] for rows."""
-    if threads == 1:
-        serial_rows(source, index, out)
-        return
-    set_threads(threads)
-    parallel_rows(source, index, out)
+    copy_rows(source, index, out, threads=threads)
 
 
 def gather_elements(source, index, out, *, threads=1):
@@ -40,8 +33,7 @@ def gather_elements(source, index, out, *, threads=1):
     if threads == 1:
         np.take(source, index, out=out, mode="clip")
         return
-    set_threads(threads)
-    parallel_elements(source, index, out)
+    copy_elements(source, index, out, threads=threads)
 
 
 @serial_kernel

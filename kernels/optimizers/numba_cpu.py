@@ -12,7 +12,7 @@ import math
 import numba
 import numpy as np
 
-from ..common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel, set_threads
+from ..common.numba_cpu import FASTMATH, parallel_kernel, point, serial_kernel
 from ..registry import Impl, register
 
 BLOCK = 16384
@@ -92,50 +92,41 @@ def _squares_parallel(g, partial):
         partial[k] = _squares(g[k * BLOCK : (k + 1) * BLOCK])
 
 
-@serial_kernel
-def _squares_serial(g, partial):
-    for k in range(partial.size):
-        partial[k] = _squares(g[k * BLOCK : (k + 1) * BLOCK])
+def _factor(clip: np.ndarray | None, scale: float) -> float:
+    return scale if clip is None else scale * float(clip[0])
 
 
-def _factor(scale: np.ndarray | None) -> float:
-    return 1.0 if scale is None else float(scale[0])
-
-
-def _parallel(size: int, threads: int) -> bool:
-    """Whether to open a parallel region; below two blocks there is nothing to share."""
-    if threads == 1 or size <= BLOCK:
-        return False
-    set_threads(threads)
-    return True
+def _shared(size: int, threads: int) -> bool:
+    """Whether threads share the blocks; below two there is nothing to share."""
+    return threads > 1 and size > BLOCK
 
 
 def sgd_step(
     w: np.ndarray,
     g: np.ndarray,
     v: np.ndarray | None,
-    scale: np.ndarray | None,
+    clip: np.ndarray | None,
     momentum: float = 0.0,
     nesterov: int = 0,
     l2: float = 0.0,
     weight_decay: float = 0.0,
     lr_factor: float = 1.0,
-    step: int = 0,
     lr: float = 0.01,
+    scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Stochastic gradient descent with momentum, one sweep, in place."""
     if momentum and v is None:
         raise ValueError(f"sgd_step: momentum {momentum} needs the velocity array v, found None; pass zeros at step 0")
     T, rate = w.dtype.type, lr * lr_factor
-    before = T(_factor(scale)), T(l2), T(1.0 - rate * weight_decay)
+    before = T(_factor(clip, scale)), T(l2), T(1.0 - rate * weight_decay)
     if v is None:
-        if _parallel(w.size, threads):
-            _plain_sgd_parallel(w, g, *before, T(rate))
+        if _shared(w.size, threads):
+            _plain_sgd_parallel(w, g, *before, T(rate), threads=threads)
         else:
             _plain_sgd(w, g, *before, T(rate))
-    elif _parallel(w.size, threads):
-        _sgd_parallel(w, g, v, *before, T(momentum), T(rate), bool(nesterov))
+    elif _shared(w.size, threads):
+        _sgd_parallel(w, g, v, *before, T(momentum), T(rate), bool(nesterov), threads=threads)
     else:
         _sgd(w, g, v, *before, T(momentum), T(rate), bool(nesterov))
 
@@ -145,36 +136,34 @@ def adam_step(
     g: np.ndarray,
     m: np.ndarray,
     v: np.ndarray,
-    scale: np.ndarray | None,
+    clip: np.ndarray | None,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     l2: float = 0.0,
     weight_decay: float = 0.0,
     lr_factor: float = 1.0,
-    step: int = 0,
+    update: int = 0,
     lr: float = 1e-3,
+    scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Adam (AdamW with ``weight_decay``), one sweep, in place."""
-    T, rate, t = w.dtype.type, lr * lr_factor, step + 1
-    factors = (_factor(scale), l2, 1.0 - rate * weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+    T, rate, t = w.dtype.type, lr * lr_factor, update + 1
+    factors = (_factor(clip, scale), l2, 1.0 - rate * weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
     factors = (*factors, 1.0 / math.sqrt(1.0 - beta2**t), rate / (1.0 - beta1**t), eps)
     typed = tuple(T(factor) for factor in factors)
-    if _parallel(w.size, threads):
-        _adam_parallel(w, g, m, v, *typed)
+    if _shared(w.size, threads):
+        _adam_parallel(w, g, m, v, *typed, threads=threads)
     else:
         _adam(w, g, m, v, *typed)
 
 
-def squared_norm(g: np.ndarray, total: np.ndarray, threads: int = 1) -> None:
-    """Add the sum of squares of g to total[0], in float64."""
+def squared_norm(g: np.ndarray, total: np.ndarray, scale: float = 1.0, threads: int = 1) -> None:
+    """Add the sum of squares of scale g to total[0], in float64."""
     partial = np.empty((g.size + BLOCK - 1) // BLOCK)
-    if _parallel(g.size, threads):
-        _squares_parallel(g, partial)
-    else:
-        _squares_serial(g, partial)
-    total[0] += partial.sum()
+    _squares_parallel(g, partial, threads=threads if _shared(g.size, threads) else 1)
+    total[0] += partial.sum() * (scale * scale)
 
 
 def clip_scale(total: np.ndarray, scale: np.ndarray, max_norm: float = 1.0, threads: int = 1) -> None:

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from fastdl.kernels.common import philox
-from fastdl.kernels.common.numba_cpu import parallel_kernel, point, set_threads
+from fastdl.kernels.common.numba_cpu import parallel_kernel, point
 from fastdl.kernels.random import reference
 from fastdl.kernels.random.points import HALF, M0, M1, MASK, exact_point
 from fastdl.kernels.random.points import philox4x32 as words_of
@@ -48,8 +48,7 @@ def fill_words(counter, k0, k1, out):
 
 def philox4x32(counter, key, out, *, threads=1):
     """Write the random words of each counter (N, 4) under a key (2) to out (N, 4); all uint32."""
-    set_threads(threads)
-    fill_words(counter, np.uint64(key[0]), np.uint64(key[1]), out)
+    fill_words(counter, np.uint64(key[0]), np.uint64(key[1]), out, threads=threads)
 
 
 # ------------------------------------------------------------------------------------------------ the permutation
@@ -85,8 +84,7 @@ def epoch_indices(index, *, n, seed=0, epoch=0, offset=0, threads=1):
     """Write positions offset .. offset + N of the epoch's permutation of n to index (N); positions count modulo n."""
     low, high = reference.split_bits(n)
     k0, k1 = philox.split(seed)
-    set_threads(threads)
-    fill_permutation(index, *map(np.uint64, (offset % n, n, low, high, k0, k1, epoch)))
+    fill_permutation(index, *map(np.uint64, (offset % n, n, low, high, k0, k1, epoch)), threads=threads)
 
 
 # ------------------------------------------------------------------------------------------------ initial values
@@ -150,8 +148,8 @@ def fill_values(out, distribution, a, b, k0, k1, layer):
 
 def _fill(out, distribution, a, b, seed, layer, threads):
     k0, k1 = philox.split(seed)
-    set_threads(threads)
-    fill_values(out, distribution, float(a), float(b), np.uint64(k0), np.uint64(k1), np.uint64(layer))
+    key = np.uint64(k0), np.uint64(k1), np.uint64(layer)
+    fill_values(out, distribution, float(a), float(b), *key, threads=threads)
 
 
 def uniform(out, *, low=0.0, high=1.0, seed=0, layer=philox.INITIAL_LAYER, threads=1):

@@ -56,6 +56,16 @@ def test_early_stopping(arguments, values, stopped, best):
     assert model.epochs == best + 1
 
 
+@pytest.mark.parametrize("patience", [0, 1, 2, 3, 7])
+def test_patience_counts_epochs_in_a_row_without_improvement(patience):
+    """As in Keras: 1 stops at the first, 3 at the third; 0 stops at the first too."""
+    stop = EarlyStopping(patience=patience)
+    better_once = [5.0] * patience + [4.0]  # the first sets the mark; one fewer than patience follow it
+    Counter().train(stop, "val_loss", [*better_once, *[4.0] * 20])
+    assert stop.best_epoch == (patience if patience > 0 else 0)
+    assert stop.stopped_epoch == stop.best_epoch + max(patience, 1)
+
+
 def test_last_weights_are_kept_on_request():
     model = Counter()
     model.train(EarlyStopping(patience=1, restore_best_weights=False), "val_loss", [1, 2, 3])

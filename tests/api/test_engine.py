@@ -54,7 +54,7 @@ spent = []
 for steps in (32, 32, 32 * 20):  # the first warms up; an epoch has 32 steps
     before = count()
     for start in range(0, steps, 32):
-        native.steps(0, native.count, 1000, 32, 0, 32, start, 1, 1e-3)
+        native.steps(0, native.count, 1000, 32, 32, start, 1, 0, start, 1e-3, 1.0)
     spent.append(count() - before)
 print(*spent)
 """

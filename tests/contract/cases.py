@@ -25,8 +25,17 @@ LENGTHS = (1, 2, 7, 13, 31, 32, 33, 63, 64, 65, 100, 257)
 
 #: Run-time values of a step in the middle of training, and of one whose rows count past 2^32.
 STEPS = (
-    {"step": 3, "epoch": 2, "first_row": 5, "total_rows": 0, "offset": 0, "lr": 0.01},
-    {"step": 70_000, "epoch": 70_001, "first_row": (1 << 32) - 2, "total_rows": 1000, "offset": 11, "lr": 0.1},
+    {"step": 3, "epoch": 2, "first_row": 5, "total_rows": 0, "offset": 0, "update": 2, "lr": 0.01, "scale": 1.0},
+    {
+        "step": 70_000,
+        "epoch": 70_001,
+        "first_row": (1 << 32) - 2,
+        "total_rows": 1000,
+        "offset": 11,
+        "update": 60_000,
+        "lr": 0.1,
+        "scale": 0.625,
+    },
 )
 
 

@@ -197,9 +197,9 @@ def test_loss(output, plant, backend):
 
 def test_forgotten_correction_of_a_moment(plant, backend):
     def off_by_one(go, arrays, arguments):
-        go(step=arguments["step"] + 1)
+        go(update=arguments["update"] + 1)
 
-    call = some_call("adam_step", step=3)
+    call = some_call("adam_step", update=2)
     planted(plant, "adam_step", off_by_one, checks.matches_reference, call, backend, says="w: ")
 
 
