@@ -44,6 +44,12 @@ def as_list(callbacks: Callback | Iterable[Callback] | None) -> list[Callback]:
     return several
 
 
+def _function(fn: Any, name: str) -> Any:
+    if not callable(fn):
+        raise TypeError(f"{name}: expected a function, found {fn!r}")
+    return fn
+
+
 class EarlyStopping(Callback):
     """Stop when a watched value has not improved for ``patience`` epochs.
 
@@ -119,7 +125,7 @@ class LearningRateSchedule(Callback):
     """Set the learning rate of every epoch: ``fn(epoch) -> lr``, epochs from 0."""
 
     def __init__(self, fn: Callable[[int], float]) -> None:
-        self.fn = fn
+        self.fn = _function(fn, "LearningRateSchedule fn")
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.model.lr = checks.LEARNING_RATE.check(self.fn(epoch), f"learning rate of the schedule for epoch {epoch}")
@@ -143,4 +149,4 @@ class LambdaCallback(Callback):
         }
         for name, fn in given.items():
             if fn is not None:
-                setattr(self, name, fn)
+                setattr(self, name, _function(fn, name))

@@ -71,7 +71,8 @@ def _is_number(item: Any) -> bool:
 
 def _first_object(array: np.ndarray) -> tuple[int, ...] | None:
     """The place of the first object that is no number."""
-    return next((place for place in np.ndindex(array.shape) if not _is_number(array[place])), None)
+    k = next((k for k, item in enumerate(array.flat) if not _is_number(item)), None)
+    return None if k is None else tuple(int(i) for i in np.unravel_index(k, array.shape))
 
 
 def _what(item: Any) -> str:
@@ -102,22 +103,28 @@ def _array(value: Any, name: str, advice: str) -> np.ndarray:
         array = np.asarray(value)
     except Exception as error:  # whatever another library's __array__ raises
         raise TypeError(f"{name}: expected an array of numbers, found {_unreadable(value, name, error)}") from error
-    if array.dtype.kind not in NUMBERS and is_frame(value):
+    if array.dtype.kind not in NUMBERS and array.ndim == 2 and is_frame(value):
         return _from_frame(value, name, advice)
     return array
 
 
 def _unreadable(value: Any, name: str, error: Exception) -> str:
     if isinstance(value, (list, tuple)):
-        for row, item in enumerate(value):
-            if np.shape(item) != np.shape(value[0]):
-                return (
-                    f"rows of different lengths: shape {np.shape(value[0])} in row 0, {np.shape(item)} in row {row}; "
-                    "fill them up or cut them off"
-                )
+        shapes = [_shape(item) for item in value]
+        for row, shape in enumerate(shapes):
+            if shape != shapes[0] or shape is None:
+                return f"rows of different lengths: {shapes[0]} in row 0, {shape} in row {row}; make them equal"
     if hasattr(value, "detach"):
         return f"a tensor that NumPy cannot read ({error}); {name}.detach().float().cpu().numpy() makes an array"
     return f"{type(value).__name__}, which NumPy cannot read ({error}); convert it with np.asarray"
+
+
+def _shape(item: Any) -> tuple[int, ...] | None:
+    """The shape of a row; None for one that has rows of different lengths itself."""
+    try:
+        return np.shape(item)
+    except Exception:
+        return None
 
 
 def _from_frame(frame: Any, name: str, advice: str) -> np.ndarray:

@@ -49,6 +49,33 @@ def _from_gpu(value: Any, dtypes: tuple[Any, ...], name: str, gpu: bool, ndim: i
     return adopt(value, name, dtypes, ndim)
 
 
+def feature_names(value: Any) -> list[str] | None:
+    """Names of a frame's columns, where all are text and differ; None for all else."""
+    if not convert.is_frame(value):
+        return None
+    names = list(value.columns)
+    return names if all(isinstance(n, str) for n in names) and len(set(names)) == len(names) else None
+
+
+def by_name(value: Any, names: list[str] | None, what: str) -> Any:
+    """The columns of a frame in the order of ``names``; anything else as it is.
+
+    Raises
+    ------
+    ValueError
+        A column is missing, or unknown.
+    """
+    if names is None or (given := feature_names(value)) in (None, names):
+        return value
+    for kind, there, other in (("missing", names, given), ("unknown", given, names)):
+        if odd := [name for name in there if name not in set(other)]:
+            raise ValueError(
+                f"{what}: expected the columns that this net was built with, found {kind} {odd[:5]}; hand over "
+                f"X[{names[:5]}{'...' if len(names) > 5 else ''}], or an array"
+            )
+    return value[names]
+
+
 def as_matrix(value: Any, dtype: Any, name: str, gpu: bool = False, finite: bool = False) -> Any:
     """(N, features) in rows, of the model's dtype; no copy when it is so already.
 

@@ -6,9 +6,7 @@ array([2, 0])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +33,7 @@ class Loss:
     unit : bool
         Values must lie in [0, 1].
     activation : str, optional
-        What the loss applies itself: the net ends with what goes into it.
+        What the loss applies itself: it reads what goes into such a last layer, or the output of a net without one.
     """
 
     name: str
@@ -187,14 +185,3 @@ def get(loss: str | Loss) -> Loss:
     if known is None:
         raise ValueError(f"unknown loss {loss!r}, known: {', '.join(sorted(KNOWN))}")
     return known
-
-
-def check_last_layer(loss: Loss | None, layers: Sequence[Any]) -> None:
-    """Refuse a net whose last layer applies what the loss applies again: softmax of softmax hardly learns."""
-    acting = [layer for layer in layers if getattr(type(layer), "activation", None) != "identity"]
-    last = getattr(acting[-1], "activation", None) if acting else None
-    if loss is not None and loss.activation is not None and last == loss.activation:
-        raise ValueError(
-            f"loss {loss.name!r}: expected a net that ends with logits, found {last} as its last step, which the loss "
-            f"applies itself; leave it out, and apply fastdl.ops.{last}_forward to what predict gives"
-        )

@@ -13,7 +13,15 @@ from fastdl.builder import Builder, Feed
 from fastdl.callbacks import Callback, as_list
 from fastdl.checks import flag, whole
 from fastdl.errors import BackendUnavailable, ModelFileError
-from fastdl.inputs import as_matrix, as_targets, as_validation, as_weights, split_validation, whole_number
+from fastdl.inputs import (
+    as_matrix,
+    as_targets,
+    as_validation,
+    as_weights,
+    by_name,
+    split_validation,
+    whole_number,
+)
 from fastdl.net import Net
 from fastdl.run import checkpoint
 from fastdl.run.executor import Run
@@ -53,6 +61,11 @@ class Sequential(Net):
             raise ValueError("the model has no loss yet: call compile(loss=..., optimizer=...) first")
         return self.loss
 
+    def _matrix(self, X: Any, name: str, finite: bool = False) -> Any:
+        """X as the kernels take it, the columns of a frame by their names."""
+        X = by_name(X, self.feature_names, name)
+        return as_matrix(X, self._settings.float, name, self._on_gpu(), finite)
+
     def _inputs(
         self, X: Any, y: Any, sample_weight: Any, name: str = "", width: int | None = None, finite: bool = False
     ) -> tuple[Builder, tuple[Any, Any, Any]]:
@@ -61,7 +74,7 @@ class Sequential(Net):
         ``width`` is that of the training rows, where these are others. ``finite`` refuses NaN and infinities in X.
         """
         dtype, gpu = self._settings.float, self._on_gpu()
-        X = as_matrix(X, dtype, f"{name}X", gpu, finite)
+        X = self._matrix(X, f"{name}X", finite)
         if width not in (None, X.shape[1]):
             raise ValueError(f"{name}X: expected {width} features, as X has, found {X.shape[1]}")
         builder = self._builder(X.shape[1])
@@ -91,7 +104,8 @@ class Sequential(Net):
         Parameters
         ----------
         X : array-like (N, I)
-            Finite numbers, converted once to the model's dtype. With ``backend="cuda"`` it may lie in GPU memory
+            Finite numbers, converted once to the model's dtype; the columns of a frame are told by their names (see
+            `feature_names`). With ``backend="cuda"`` it may lie in GPU memory
             (PyTorch, CuPy, Numba or JAX; float32): nothing is copied then, and values are not looked at.
         y : array-like
             Labels (N,) for ``softmax_cross_entropy``; values (N, O) for the other losses. In GPU memory int64 or
@@ -121,13 +135,14 @@ class Sequential(Net):
         callbacks, shuffle = as_list(callbacks), flag(shuffle, "shuffle")
         with self._training:
             with self._lock:
+                given = X
                 builder, (X, targets, weight) = self._inputs(X, y, sample_weight, finite=True)
                 held = None
                 if validation_data is not None:
                     _, held = self._inputs(*validation_data, "validation ", X.shape[1], finite=True)
                 elif validation_split:
                     X, targets, weight, held = split_validation(X, targets, weight, validation_split)
-                runtime = self._built(builder)
+                runtime = self._built(builder, given)
                 batch = min(batch_size, X.shape[0])
                 data = runtime.working().data_set(X, targets, weight, batch, shuffle)
                 self._training.depth += 1
@@ -157,13 +172,13 @@ class Sequential(Net):
             return loss
 
     def _train_on_batch(self, X: Any, y: Any, sample_weight: Any) -> float:
-        builder, (X, targets, weight) = self._inputs(X, y, sample_weight)
-        state, rows = self._state, X.shape[0]
-        placement = self._built(builder).working()
+        builder, (x, targets, weight) = self._inputs(X, y, sample_weight)
+        state, rows = self._state, x.shape[0]
+        placement = self._built(builder, X).working()
         bound = placement.train(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
         executor = bound.executor
         try:
-            bound.feed(X, targets, weight)
+            bound.feed(x, targets, weight)
             executor.run(
                 Run(rows=rows, step=state.step, update=state.update, epoch=state.epoch, total_rows=rows, lr=state.lr)
             )
@@ -189,14 +204,14 @@ class Sequential(Net):
         if not training:
             return self.predict(X)
         with self._training, self._lock:
-            X = as_matrix(X, self._settings.float, "X", self._on_gpu())
+            x = self._matrix(X, "X")
             first = self._state.rows if first_row is None else whole(first_row, "first_row", 62)
-            placement, rows = self._built(self._builder(X.shape[1])).working(), X.shape[0]
+            placement, rows = self._built(self._builder(x.shape[1]), X).working(), x.shape[0]
             bound = placement.loop(rows)
             executor = bound.executor
             run = Run(rows=rows, step=self._state.step, first_row=first, total_rows=rows)
             try:
-                executor.slot(bound.x, X)
+                executor.slot(bound.x, x)
                 executor.run(run, "feed", "forward")
             finally:
                 executor.slot(bound.x, None)
@@ -262,14 +277,14 @@ class Sequential(Net):
             if out is not None:
                 return out
         with self._lock:
-            X = as_matrix(X, self._settings.float, "X", self._on_gpu())
-            return self._built(self._builder(X.shape[1])).reading().predict(X)
+            x = self._matrix(X, "X")
+            return self._built(self._builder(x.shape[1]), X).reading().predict(x)
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, and accuracy where the loss has one, with running statistics and no dropout."""
         with self._lock:
             builder, data = self._inputs(X, y, sample_weight)
-            return self._evaluated(self._built(builder), *data)
+            return self._evaluated(self._built(builder, X), *data)
 
     def _evaluated(self, runtime: Runtime, X: Any, targets: Any, weight: Any = None) -> dict[str, float]:
         with self._lock:

@@ -20,16 +20,20 @@ def epilogue(activation: str) -> Any:
     return info
 
 
-def checked_alpha(info: Any, alpha: Any) -> float:
-    """An activation's parameter as a float, the default one if left out."""
-    return info.checked_alpha(None if alpha is None else checks.FINITE.check(alpha, "alpha"))
+def checked_alpha(info: Any, alpha: Any, dtype: Any) -> float:
+    """An activation's parameter as a float that the dtype holds, the default one if left out."""
+    if alpha is not None:
+        alpha = checks.FINITE.check(alpha, "alpha")
+        checks.fits(alpha, "alpha", dtype)
+    return info.checked_alpha(alpha)
 
 
 def _activation_forward(
-    name: str, x: Any, slope: Any, out: Any, params: dict[str, float], backend: str | None, threads: int | None
+    name: str, x: Any, slope: Any, alpha: Any, out: Any, backend: str | None, threads: int | None
 ) -> tuple[np.ndarray, Context]:
     info = ACTIVATIONS[name]
     x = checks.floats(x, "x")
+    params = {} if info.alpha is None else {"alpha": checked_alpha(info, alpha, x.dtype)}
     if slope is not None:
         if x.ndim != 2:
             raise ValueError(f"x: expected two dimensions where slopes belong to columns, found shape {x.shape}")
@@ -81,7 +85,7 @@ def _make_activation(name: str) -> tuple[Any, Any]:
             backend: str | None = None,
             threads: int | None = None,
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, slope, out, {}, backend, threads)
+            return _activation_forward(name, x, slope, None, out, backend, threads)
 
     elif info.alpha is not None:
 
@@ -93,14 +97,14 @@ def _make_activation(name: str) -> tuple[Any, Any]:
             backend: str | None = None,
             threads: int | None = None,
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, None, out, {"alpha": checked_alpha(info, alpha)}, backend, threads)
+            return _activation_forward(name, x, None, alpha, out, backend, threads)
 
     else:
 
         def forward(
             x: np.ndarray, out: np.ndarray | None = None, *, backend: str | None = None, threads: int | None = None
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, None, out, {}, backend, threads)
+            return _activation_forward(name, x, None, None, out, backend, threads)
 
     def backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None) -> Any:
         return _activation_backward(name, dy, ctx, out)

@@ -45,7 +45,7 @@ def dense_forward(
     if b is not None:
         b = checks.vector(b, "b", w.shape[1], x)
     info = epilogue(activation)
-    params = {"activation": activation, "alpha": checked_alpha(info, alpha)}
+    params = {"activation": activation, "alpha": checked_alpha(info, alpha, x.dtype)}
     y = checks.output(out, (x.shape[0], w.shape[1]), x)
     if out is not None:
         checks.apart("dense_forward", {"x": x, "w": w, "b": b, "out": checks.rows(y, "out")})

@@ -75,7 +75,7 @@ def batchnorm_forward(
     op = "batchnorm_forward" if training else "batchnorm_inference"
     given = {"x": x, **vectors, "slope": slope, "out": None if out is None else checks.rows(y, "out")}
     checks.apart(op, given)
-    params: dict[str, Any] = {"activation": activation, "alpha": checked_alpha(info, alpha)}
+    params: dict[str, Any] = {"activation": activation, "alpha": checked_alpha(info, alpha, x.dtype)}
     size = 3 * x.nbytes
     if not training:
         arrays = (x, gamma, beta, running_mean, running_var, slope, y)

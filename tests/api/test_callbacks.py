@@ -95,6 +95,12 @@ def test_bad_arguments(arguments):
         EarlyStopping(**arguments)
 
 
+def test_what_is_no_function_is_refused():
+    for make in (lambda: LearningRateSchedule(0.1), lambda: LambdaCallback(on_epoch_end=3)):
+        with pytest.raises(TypeError, match="expected a function, found"):
+            make()
+
+
 def test_schedule():
     model, seen = Counter(), []
     schedule = LearningRateSchedule(lambda epoch: 0.1 / (1 + epoch))

@@ -11,24 +11,11 @@ import numpy as np
 import pytest
 
 import fastdl as fd
-from fastdl import callbacks, convert, inputs, layers
+from fastdl import callbacks, convert, inputs
 
-from .nets import X, Y, net
+from .nets import X, Y, net, refused, small
 
 V = X[:, :1]  # values of a regression
-
-
-def small(loss: str = "softmax_cross_entropy", **settings: object) -> fd.Sequential:
-    return fd.Sequential([layers.Dense(3 if loss.startswith("softmax") else 1)], seed=1).compile(loss, **settings)
-
-
-def refused(call, kind, *words: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(kind) as caught:
-            call()
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in {caught.value}"
 
 
 # ---------------------------------------------------------------------------------------------- what holds no numbers
@@ -69,6 +56,8 @@ ODD = {
     "sparse": (Sparse(), ["sparse Sparse of shape (6, 6)", "toarray"]),
     "tensor": (Tensor(), ["tensor", "requires grad", "detach().float().cpu().numpy()"]),
     "ragged": ([[1.0, 2.0], [3.0]], ["rows of different lengths", "(2,) in row 0", "(1,) in row 1"]),
+    "ragged within": ([[[1.0], [2.0, 3.0]], [[1.0], [2.0]]], ["rows of different lengths"]),
+    "tensors in a list": ([Tensor(), Tensor()], ["list, which NumPy cannot read", "requires grad"]),
     "ragged tuple": (((1.0, 2.0), 3.0), ["rows of different lengths"]),
     "None": (None, ["found None"]),
     "dict": ({"a": [1, 2]}, ["found dict"]),
@@ -129,6 +118,18 @@ def test_y_and_weights_that_hold_no_numbers(value, words, loss: str) -> None:
 def test_text_labels_get_the_advice_that_numbers_them() -> None:
     for y in (np.array(["a", "b"] * 45), ["a", "b"] * 45, np.array(["a", None] * 45, object)):
         refused(lambda y=y: small().fit(X, y), TypeError, "y: ", "np.unique(y, return_inverse=True)")
+
+
+def test_weights_are_assigned_by_the_same_rules() -> None:
+    model = small().build(6)
+    before = model.get_state()
+    for value, words in ODD.values():
+        refused(lambda value=value: model.set_state({"dense_0/kernel": value}), TypeError, "dense_0/kernel: ", words[0])
+    far = np.ones((6, 3))
+    far[2, 1] = 1e300
+    refused(lambda: model.set_state({"dense_0/kernel": far}), ValueError, "dense_0/kernel: ", "row 2, column 1")
+    refused(lambda: model.set_state({"dense_0/kernel": far.T}), ValueError, "expected shape (6, 3), found (3, 6)")
+    assert all(np.array_equal(v, before[k]) for k, v in model.get_state().items())
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (3, 6, 1), (0, 6), (6, 0)])
@@ -217,122 +218,6 @@ def test_small_numbers_and_strict_numpy_go_through() -> None:
         small().fit(tiny, Y, verbose=0)
         small("mse").fit(tiny, tiny[:, 0], verbose=0)
         refused(lambda: small("mse").fit(X, np.full(90, 1e300)), ValueError, "finite targets in float32", "1e+300")
-
-
-# ---------------------------------------------------------------------------------------------- frames
-class Frame:
-    """As pandas' frames look: columns by name, and one array of objects for all where types differ."""
-
-    def __init__(self, **columns: object) -> None:
-        self.data = {name: np.asarray(values) for name, values in columns.items()}
-        self.columns = list(columns)
-        self.dtypes = [values.dtype for values in self.data.values()]
-        self.shape = (len(next(iter(self.data.values()))), len(columns))
-
-    def items(self):
-        return self.data.items()
-
-    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
-        same = len({values.dtype for values in self.data.values()}) == 1
-        return np.stack([v if same else v.astype(object) for v in self.data.values()], 1)
-
-
-A, B, T = np.linspace(0, 1, 90), np.arange(90) % 7, np.arange(90) % 2 == 0
-
-
-def test_frames_of_mixed_columns_are_their_numbers() -> None:
-    want = np.stack([A, B, T], 1)
-    for frame in (
-        Frame(a=A, b=B, t=T),
-        Frame(a=A.astype(object), b=B.astype(object), t=T.astype(object)),
-        Frame(a=A.astype("f4").astype("f8"), b=B.astype("i2"), t=T),
-    ):
-        got = inputs.as_matrix(frame, "float64", "X")
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-        small().fit(frame, Y, verbose=0)
-    plain = np.stack([A, A], 1)
-    np.testing.assert_array_equal(inputs.as_matrix(Frame(a=A, b=A), "float64", "X"), plain)
-    refused(lambda: inputs.as_matrix(Frame(a=[]), "float64", "X"), ValueError, "at least one row")
-
-
-def test_frames_name_their_columns() -> None:
-    holes = B.astype(object)
-    holes[4] = None
-    words = {
-        "text": (Frame(a=A, word=np.array(["x"] * 90, object)), TypeError, "column 'word'", "str 'x' in row 0"),
-        "None": (Frame(a=A, hole=holes), TypeError, "column 'hole'", "a missing value in row 4", "fill it"),
-        "dates": (Frame(a=A, day=B.astype("M8[D]")), TypeError, "column 'day'", "dates", "timedelta64"),
-        "NaN": (Frame(a=A, gap=np.where(B == 3, np.nan, A)), ValueError, "nan in row 3, column 'gap'"),
-        "1e300": (Frame(a=A, far=np.where(B == 2, 1e300, A)), ValueError, "1e+300 in row 2, column 'far'"),
-    }
-    for frame, kind, *rest in words.values():
-        refused(lambda frame=frame: small().fit(frame, Y), kind, "X:", *rest)
-
-
-def test_pandas() -> None:
-    pd = pytest.importorskip("pandas")
-    frame = pd.DataFrame({"a": A, "b": B.astype("i2"), "c": A * 2})
-    y = pd.Series(Y, index=np.arange(90)[::-1])
-
-    def weights(X, y):
-        model = small()
-        model.fit(X, y, verbose=0)
-        return model.weights["dense_0/kernel"]
-
-    want = weights(frame, y)
-    same = {
-        "float32": frame.astype("f4"),
-        "nullable": frame.astype({"a": "Float64", "b": "Int16"}),
-        "objects": frame.astype(object),
-        "another index": frame.set_index(np.arange(90)[::-1]),
-    }
-    if pytest.importorskip("pyarrow"):
-        same["Arrow"] = frame.convert_dtypes(dtype_backend="pyarrow")
-    for name, other in same.items():
-        np.testing.assert_allclose(weights(other, y), want, atol=1e-5, err_msg=name)
-    dummies = pd.get_dummies(frame.assign(colour=["red", "blue", "red"] * 30))
-    assert weights(dummies, y).shape == (5, 3)
-    kinds = ["Int64", "category", object, float, "int64[pyarrow]"]
-    for labels in [*(y.astype(kind) for kind in kinds), y.to_frame().iloc[:, 0]]:
-        np.testing.assert_array_equal(weights(frame, labels), want)
-    for column, word in (
-        (pd.array([1, None] * 45, "Int64"), "in row 1"),
-        (pd.array([1, None] * 45, "int64[pyarrow]"), "in row 1"),
-        (["x"] * 90, "str"),
-        (pd.Timestamp("2024-01-01"), "dates"),
-        (pd.Categorical(["u", "v"] * 45), "str 'u' in row 0"),
-    ):
-        refused(lambda column=column: small().fit(frame.assign(odd=column), y), (TypeError, ValueError), "'odd'", word)
-    refused(lambda: small().fit(frame, pd.Series(["u", "v"] * 45)), TypeError, "y: ", "np.unique")
-    refused(lambda: small().fit(frame, pd.array([0, None] * 45, "Int64")), (TypeError, ValueError), "in row 1")
-    gap = frame.assign(gap=np.where(B == 3, np.nan, A))
-    refused(lambda: small().fit(gap, y), ValueError, "nan in row 3, column 'gap'")
-    refused(lambda: small().fit(frame[[]], y), ValueError, "at least one row and one feature")
-
-
-def test_polars() -> None:
-    pl = pytest.importorskip("polars")
-    frame = pl.DataFrame({"a": A, "b": B.astype("i2"), "t": T})
-    np.testing.assert_allclose(inputs.as_matrix(frame, "float64", "X"), np.stack([A, B, T], 1))
-    small().fit(frame, pl.Series(Y), verbose=0)
-    odd = frame.with_columns(pl.Series("word", ["x"] * 90))
-    refused(lambda: small().fit(odd, Y), TypeError, "X: column 'word'")
-
-
-def test_scipy() -> None:
-    sp = pytest.importorskip("scipy.sparse")
-    for value in (sp.csr_matrix(X), sp.csr_array(X), sp.coo_matrix(X), sp.lil_matrix(X), sp.dia_array(np.eye(6))):
-        name = type(value).__name__
-        refused(lambda value=value: small().fit(value, Y), TypeError, "X: ", f"sparse {name}", "X.toarray()")
-        refused(lambda value=value: small().predict(value), TypeError, "X: ", f"sparse {name}", "X.toarray()")
-
-
-def test_torch() -> None:
-    torch = pytest.importorskip("torch")
-    want = small().predict(X)
-    np.testing.assert_array_equal(small().predict(torch.tensor(X)), want)
-    for value in (torch.tensor(X).bfloat16(), torch.tensor(X, requires_grad=True)):
-        refused(lambda value=value: small().predict(value), TypeError, "X: ", "tensor", "detach().float()")
 
 
 def test_data_in_host_memory_imports_nothing_of_cuda() -> None:

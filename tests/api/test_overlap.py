@@ -10,6 +10,7 @@ import pytest
 from contract.checks import refuses
 
 from fastdl import checks, ops
+from fastdl.cuda.arrays import DeviceArray
 from fastdl.kernels import registry
 from fastdl.kernels.activations.reference import ACTIVATIONS
 
@@ -175,3 +176,18 @@ def test_rows_of_out_do_not_overlap_each_other():
     for out in (room[::2, 2:6], room[:3, :4][::-1]):  # gaps between rows, and backwards
         assert ops.relu_forward(x, out=out)[0] is out
         assert (out == 1).all()
+
+
+def test_arrays_in_gpu_memory_are_told_apart_by_their_addresses():
+    """No GPU is needed to say where an array lies."""
+    x, same, behind, far = (DeviceArray(place, (4, 8), "float32") for place in (4096, 4096, 4128, 8192))
+    checks.apart("relu_forward", {"x": x, "out": same}, alias="x")
+    checks.apart("relu_forward", {"x": x, "out": far}, alias="x")
+    for op, given, alias in (
+        ("relu_forward", {"x": x, "out": behind}, "x"),
+        ("softmax_forward", {"x": x, "out": same}, ""),
+        ("adam_step", {"w": x, "g": same, "m": far}, ""),
+        ("batchnorm_forward", {"x": far, "gamma": x, "running_var": same, "out": None}, ""),
+    ):
+        with pytest.raises(ValueError, match=r"overlaps .* is allowed: hand over another array"):
+            checks.apart(op, given, alias)

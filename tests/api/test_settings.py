@@ -273,6 +273,20 @@ def test_optimizer_ops_take_numbers_of_any_type(backend: str) -> None:
         fd.ops.adam_step(w, g, m, v, 2.0)
 
 
+@pytest.mark.parametrize("bad", [*NO_NUMBERS[1:], 1e39], ids=repr)
+def test_alpha_of_ops(bad) -> None:
+    x, vectors = np.ones((3, 2), np.float32), [np.ones(2, np.float32) for _ in range(4)]
+    for call in (
+        lambda: fd.ops.leaky_relu_forward(x, bad),
+        lambda: fd.ops.elu_forward(x, alpha=bad),
+        lambda: fd.ops.dense_forward(x, np.ones((2, 2), np.float32), activation="elu", alpha=bad),
+        lambda: fd.ops.batchnorm_forward(x, *vectors, activation="leaky_relu", alpha=bad),
+    ):
+        with pytest.raises(ValueError, match="alpha: expected"):
+            call()
+    assert all((v == 1).all() for v in vectors)
+
+
 @pytest.mark.parametrize("bad", [*NO_NUMBERS, 0.0, 1e-46], ids=repr)
 def test_eps_and_decay_of_batch_normalisation_ops(bad) -> None:
     x, vectors = np.ones((3, 2), np.float32), [np.ones(2, np.float32) for _ in range(4)]
@@ -288,26 +302,48 @@ def test_eps_and_decay_of_batch_normalisation_ops(bad) -> None:
 LOGITS = [("softmax_cross_entropy", "softmax"), ("binary_cross_entropy", "sigmoid")]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("loss", "activation"), LOGITS)
-def test_an_activation_that_the_loss_applies_itself_is_refused(loss: str, activation: str) -> None:
+def test_an_activation_that_the_loss_applies_itself_is_applied_once(loss: str, activation: str, dtype: str) -> None:
+    """Training and evaluation are those of the net without it, `predict` and `forward` have it."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((40, 5)), np.eye(3)[np.arange(40) % 3]
+    bare = fd.Sequential([layers.Dense(3)], seed=2).compile(loss, dtype=dtype)
     ends = [
         [layers.Dense(3), layers.Activation(activation)],
         [layers.Dense(3, activation=activation)],
         [layers.Dense(3, activation=activation), layers.Identity()],
+        [layers.Dense(3), layers.Activation(activation), layers.Identity(), layers.Dropout(0.0)],
     ]
-    for end in ends:
-        net = fd.Sequential(end).compile("mse")
-        with pytest.raises(ValueError, match=f"{loss}.*ends with logits.*{activation}.*leave it out"):
-            net.compile(loss)
-        assert net.loss is losses.get("mse")
-    others = [
+    nets = [fd.Sequential(end, seed=2).compile(loss, dtype=dtype) for end in ends]
+    want = bare.fit(X, y, 16, epochs=3, validation_data=(X, y), verbose=0)
+    want_step = bare.train_on_batch(X, y)
+    act = getattr(fd.ops, f"{activation}_forward")
+    for net in nets:
+        assert net.fit(X, y, 16, epochs=3, validation_data=(X, y), verbose=0) == want
+        assert net.train_on_batch(X, y) == want_step
+        assert net.evaluate(X, y) == bare.evaluate(X, y)
+        for name, value in bare.weights.items():
+            np.testing.assert_array_equal(net.weights[name], value)
+        for out in (net.predict(X), net.forward(X, training=True)):
+            np.testing.assert_allclose(out, act(bare.predict(X))[0], rtol=1e-5, atol=1e-7)
+    big = 1e4 * np.eye(3)  # the softmax of which is 0 and 1: its logarithm would be -inf
+    net = nets[0]
+    net.set_state({"dense_0/kernel": np.vstack([big, np.zeros((2, 3))]), "dense_0/bias": np.zeros(3)})
+    assert np.isfinite(net.evaluate(np.eye(5)[:3], np.eye(3)[[1, 2, 0]])["loss"])
+
+
+@pytest.mark.parametrize(("loss", "activation"), LOGITS)
+def test_such_an_activation_elsewhere_is_a_layer_like_others(loss: str, activation: str) -> None:
+    X, y = np.eye(5), np.eye(3)[np.arange(5) % 3]
+    for stack in (
         [layers.Activation(activation), layers.Dense(3)],
-        [layers.Activation(activation), layers.Dense(3, activation="identity")],
-        [layers.Dense(3, activation="tanh")],
-        [],
-    ]
-    for stack in others:
-        assert fd.Sequential(stack).compile(loss).loss is losses.get(loss)
+        [layers.Dense(3), layers.Activation(activation), layers.Dropout(0.5)],
+        [layers.Dense(3, activation=activation), layers.BatchNorm()],
+    ):
+        net = fd.Sequential(stack).compile(loss).build(5)
+        assert f"{activation}_forward" in str(net.program) or f"activation={activation}" in str(net.program)
+        assert np.isfinite(net.fit(X, y, verbose=0)["loss"]).all()
 
 
 @pytest.mark.parametrize(("loss", "activation"), LOGITS)
