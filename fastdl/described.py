@@ -7,6 +7,7 @@ too, and to tidy their settings behind their own back.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABCMeta
 from typing import Any
 
@@ -18,6 +19,12 @@ class _Sealing(ABCMeta):
         made = super().__call__(*args, **kwargs)
         made.__dict__["_sealed"] = True
         return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The settings, for ``help``, which would show what `__call__` takes."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class Described(metaclass=_Sealing):

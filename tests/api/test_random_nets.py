@@ -10,8 +10,8 @@ batch normalisation that is constant but for rounding): inputs changed by 1e-13 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ def draw(rng: np.random.Generator) -> Case:
     stack = []
     for _ in range(rng.integers(1, 8)):
         cls = one_of([layers.Dense, layers.BatchNorm, layers.Dropout, one_of(ELEMENTWISE)])
-        names = [name for name in inspect.signature(cls).parameters if name in SETTINGS]
+        names = [field.name for field in dataclasses.fields(cls) if field.name in SETTINGS]
         stack.append(cls(**{name: one_of(SETTINGS[name]) for name in names}))
     rows = int(rng.integers(1, 66))
     loss = one_of(["mse", "binary_cross_entropy", "softmax_cross_entropy"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fractions
+import inspect
 import pickle
 
 import numpy as np
@@ -363,3 +364,11 @@ def test_a_loss_of_ones_own_trains_and_is_refused_by_save(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"target_kind: expected 'labels' or 'values', found 'rows'"):
         losses.Loss("mine", "mse", "rows")
+
+
+@pytest.mark.parametrize("kind", [*KINDS.values(), optimizers.SGD, optimizers.Adam, initializers.Normal])
+def test_help_shows_the_settings(kind: type) -> None:
+    shown = inspect.signature(kind).parameters
+    assert set(shown) >= {field.name for field in dataclasses.fields(kind)}
+    assert "self" not in shown
+    assert "args" not in shown
