@@ -25,12 +25,12 @@ case "${1:-}" in
     # -fno-wrapv: Python's own flags let integers wrap, and an overflow goes unseen
     flags="-fsanitize=address,undefined -fno-wrapv"
     preload="$(library asan) $(library ubsan) $(library stdc++)"
-    tests=(tests/contract tests/test_abi.py tests/api/test_{engine,single_step,predict,shares,runtime_block}.py)
+    tests=(tests/contract tests/kernels/test_abi.py tests/api/test_{engine,single_step,predict,shares,runtime_block}.py)
     ;;
   thread)
     flags="-fsanitize=thread"
     preload="$(library tsan)"
-    tests=(tests/contract/test_threads.py tests/api/test_engine.py)
+    tests=(tests/contract/test_threads.py tests/api/test_{engine,threads}.py)
     ;;
   *)
     sed -n '4,5s/^# *//p' "$0" >&2
