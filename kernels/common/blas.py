@@ -70,11 +70,13 @@ fork.hold(_Quiet())
 
 
 @functools.cache
-def _libraries() -> list[Any]:
+def _libraries(per_thread: bool | None = None) -> list[Any]:
+    """BLAS libraries; those that have a number of threads for the process or, with OpenMP, for each Python thread."""
     from threadpoolctl import ThreadpoolController
 
     controllers = ThreadpoolController().lib_controllers  # kept: looking for them costs 230 us
-    return [library for library in controllers if library.user_api == "blas" and library.get_num_threads()]
+    known = [library for library in controllers if library.user_api == "blas" and library.get_num_threads()]
+    return [x for x in known if per_thread in (None, getattr(x, "threading_layer", None) == "openmp")]
 
 
 def _set(library: Any, threads: int) -> None:
@@ -90,11 +92,6 @@ def _apply() -> None:
         _set(library, own if least is None else least)
 
 
-def _has_number_per_thread(library: Any) -> bool:
-    """OpenMP counts threads for each Python thread: no limit of another one is seen, none is left behind."""
-    return getattr(library, "threading_layer", None) == "openmp"
-
-
 @contextlib.contextmanager
 def limit_blas(threads: int) -> Iterator[None]:
     """Hold BLAS to so many threads; its own number is left as found when the last block of any Python thread ends.
@@ -104,15 +101,16 @@ def limit_blas(threads: int) -> Iterator[None]:
     """
     here = threading.get_ident()
     limit = _Limit(threads, here)
-    own = [(library, library.get_num_threads()) for library in _libraries() if _has_number_per_thread(library)]
+    own = [(library, library.get_num_threads()) for library in _libraries(per_thread=True)]
     try:
-        for library, _ in own:
-            _set(library, threads)
         with _changed:
-            _changed.wait_for(lambda: not _forks or any(outer.holder == here for outer in _limits))
+            outer = [other.threads for other in _limits if other.holder == here]
+            while _forks and not outer:
+                _changed.wait()
+            for library, _ in own:
+                _set(library, min([threads, *outer]))
             if not _limits:
-                shared = [library for library in _libraries() if not _has_number_per_thread(library)]
-                _as_found[:] = [(library, library.get_num_threads()) for library in shared]
+                _as_found[:] = [(library, library.get_num_threads()) for library in _libraries(per_thread=False)]
             _limits.append(limit)
             _apply()
         yield
