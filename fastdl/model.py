@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -289,7 +290,7 @@ class Sequential(Net):
     def _evaluated(self, runtime: Runtime, X: Any, targets: Any, weight: Any = None) -> dict[str, float]:
         with self._lock:
             total, mass, correct = runtime.reading().evaluate(X, targets, weight)
-        values = {"loss": total / mass}
+        values = {"loss": total / mass if mass else math.nan}
         if self._loss().metric is not None:
             values[self._loss().metric] = correct / X.shape[0]
         return values
