@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
-import functools
-import os
 import pathlib
-import signal
 import sys
 import types
 import zlib
@@ -18,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import threadpoolctl
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "cuda")]  # the packages of helpers: `api`, `contract` and `gpu`
 sys.path.append(str(HERE.parent))  # the package `bench`, wherever pytest starts
 pytest.register_assert_rewrite("contract.checks")
+
+import host  # noqa: E402
 
 import fastdl as fd  # noqa: E402
 from fastdl.kernels import dispatch  # noqa: E402
@@ -85,53 +83,22 @@ def _is_compiled(module: types.ModuleType) -> bool:
     return not file.endswith(".py") or any("numba" in str(getattr(v, "__module__", "")) for v in vars(module).values())
 
 
-# ---------------------------------------------------------------------------------------------- the host's state
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGPIPE", "SIGFPE", "SIGUSR1") if hasattr(signal, n)]
-
-
-@functools.cache
-def _blas() -> list[Any]:
-    return threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
-
-
-def host_state() -> dict[str, Any]:
-    """What belongs to the process that fastdl is a guest in."""
-    stream = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
-    state = {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    state |= {
-        "current folder": os.getcwd(),
-        "signal handlers": [signal.getsignal(one) for one in SIGNALS],
-        "threads of BLAS": [one.num_threads for one in _blas()],
-        "NumPy's errors": np.geterr(),
-        "NumPy's random numbers": (stream["pos"], int(stream["key"][0])),
-        "denormals are kept": bool(np.float32(1e-40) * np.float32(0.5)),
-    }
-    if hasattr(signal, "pthread_sigmask"):
-        state["blocked signals"] = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    if "numba" in sys.modules:
-        from numba.np.ufunc import parallel
-
-        started = parallel._is_initialized  # to ask starts them
-        most = sys.modules["numba"].config.NUMBA_NUM_THREADS
-        state["threads of Numba"] = parallel.get_num_threads() if started else most
-    return state
-
-
-@pytest.fixture(autouse=True)
-def _host_is_left_as_found() -> Iterator[None]:
-    """Around every test, 0.1 ms: fastdl and the tests leave the process as it was."""
-    before = host_state()
-    yield
-    after = host_state()
-    pairs = {name: (before.get(name), after.get(name)) for name in sorted(before.keys() | after.keys())}
-    changed = [f"{name}: {old!r} before, {new!r} after" for name, (old, new) in pairs.items() if old != new]
-    assert not changed, f"the test has changed what is the host's: {'; '.join(changed)}"
-
-
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that depend on the test's name alone."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def host_left_as_found() -> Iterator[None]:
+    """Every test leaves the process as it was, but for Numba's threads, which the first one starts."""
+    before = host.state()
+    yield
+    after = host.state()
+    if before["Numba threads"] is None:
+        after["Numba threads"] = None
+    changed = {name: (value, after[name]) for name, value in before.items() if after[name] != value}
+    assert not changed, f"(before, after): {changed}"
 
 
 # ---------------------------------------------------------------------------------------------- back ends

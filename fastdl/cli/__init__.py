@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fastdl.cli import info, predict, train
-from fastdl.cli.output import close_output, tell
+from fastdl.cli.output import close_outputs, tell
 from fastdl.errors import FastdlError
 
 #: Threads are counted in a C int.
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     finally:
         csv.field_size_limit(longest)
-        close_output()
+        close_outputs()
     return 0
 
 

@@ -20,10 +20,11 @@ def tell_notices(source: str, notices: Iterable[str]) -> None:
         tell(f"note: {source}: {notice}")
 
 
-def close_output() -> None:
-    """Flush stdout; if it takes no more, the interpreter's own last flush must not meet it again."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def close_outputs() -> None:
+    """Flush what was said; a stream that takes no more must not meet the interpreter's own last flush."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("data", help='"digits", or a .csv or .npz file')
     add("--target", help="column to predict (of a .npz file: y, unless named)")
     add("--task", choices=TASKS, default="auto", help="what the target is")
-    add("--categorical", type=_names, default=[], help="numeric columns to encode one-hot, with commas")
+    add("--categorical", type=_names, default=[], help="columns to encode one-hot even if they look like numbers")
     add("--drop", type=_names, default=[], help="columns to leave out, with commas")
     add("--test-fraction", type=_fraction, default=0.2, help="share of the rows to hold out")
     add("--layers", type=_widths, default=[128, 64], help="widths of the hidden layers, with commas")
@@ -213,7 +212,7 @@ def run(options: argparse.Namespace) -> None:
             raise
     watch = Stopwatch()
     start = time.perf_counter()
-    net.fit(**train, epochs=options.epochs, callbacks=[watch], verbose=0 if options.quiet or sys.stderr is None else 1)
+    net.fit(**train, epochs=options.epochs, callbacks=[watch], verbose=0 if options.quiet else 1)
     seconds = time.perf_counter() - start
     try:
         print(_score(net, problem))

@@ -13,6 +13,9 @@ Arrays in GPU memory (CuPy, PyTorch, Numba, JAX) are shared without a copy and r
 results are `fastdl.cuda.arrays.DeviceArray`, which those libraries take the same way. All arrays of a call lie in one
 memory.
 
+Values too small for a normal number (below 1.2e-38 in float32) stay what they are here and on the NumPy and Numba back
+ends; a model on the compiled back end takes them as zeros.
+
 The functions of the element-wise activations (``relu_forward``, ``relu_backward``, ...) are made from the registry.
 """
 

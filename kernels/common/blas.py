@@ -36,27 +36,60 @@ class _Limit:
     holder: int  # the Python thread
 
 
-_lock = threading.RLock()
-fork.hold(_lock)
+_changed = threading.Condition(threading.RLock())
 _limits: list[_Limit] = []
 _as_found: list[tuple[Any, int]] = []  # each BLAS with its own number of threads, while there are limits
+_forks = 0  # that wait
+
+
+class _Quiet:
+    """Lets a fork wait until no other thread is in a block, and new blocks until the fork is over.
+
+    OpenBLAS ends its threads before a fork: a product that is under way on two of them never returns, in the parent. A
+    block is a slice of a training, 0.1 s at most.
+    """
+
+    def acquire(self) -> None:
+        global _forks
+        _changed.acquire()
+        _forks += 1
+        try:
+            _changed.wait_for(lambda: not any(limit.holder != threading.get_ident() for limit in _limits))
+        except BaseException:  # an interrupt
+            self.release()
+            raise
+
+    def release(self) -> None:
+        global _forks
+        _forks = 0 if fork.is_child else _forks - 1
+        _changed.notify_all()
+        _changed.release()
+
+
+fork.hold(_Quiet())
 
 
 @functools.cache
-def _libraries() -> list[Any]:
+def _libraries(per_thread: bool | None = None) -> list[Any]:
+    """BLAS libraries; those that have a number of threads for the process or, with OpenMP, for each Python thread."""
     from threadpoolctl import ThreadpoolController
 
     controllers = ThreadpoolController().lib_controllers  # kept: looking for them costs 230 us
-    return [library for library in controllers if library.user_api == "blas" and library.get_num_threads()]
+    known = [library for library in controllers if library.user_api == "blas" and library.get_num_threads()]
+    return [x for x in known if per_thread in (None, getattr(x, "threading_layer", None) == "openmp")]
+
+
+def _set(library: Any, threads: int) -> None:
+    """Newer versions of threadpoolctl obey the first Python thread that asks, and no other; here all are counted."""
+    if library.get_num_threads() != threads:
+        getattr(library, "_real_set_num_threads", library.set_num_threads)(threads)
 
 
 def _apply() -> None:
     """The smallest limit holds: BLAS has one number for the whole process."""
     least = min((limit.threads for limit in _limits), default=None)
     for library, own in _as_found:
-        wanted = own if least is None else least
-        if library.get_num_threads() != wanted:
-            library.set_num_threads(wanted)
+        _set(library, own if least is None else least)
 
 
 @contextlib.contextmanager
@@ -66,19 +99,29 @@ def limit_blas(threads: int) -> Iterator[None]:
     A BLAS pool that is larger than the work needs costs more than it gives: on two busy cores a product of 64 rows took
     9 ms instead of 20 us.
     """
-    limit = _Limit(threads, threading.get_ident())
+    here = threading.get_ident()
+    limit = _Limit(threads, here)
+    own = [(library, library.get_num_threads()) for library in _libraries(per_thread=True)]
     try:
-        with _lock:
+        with _changed:
+            outer = [other.threads for other in _limits if other.holder == here]
+            while _forks and not outer:
+                _changed.wait()
+            for library, _ in own:
+                _set(library, min([threads, *outer]))
             if not _limits:
-                _as_found[:] = [(library, library.get_num_threads()) for library in _libraries()]
+                _as_found[:] = [(library, library.get_num_threads()) for library in _libraries(per_thread=False)]
             _limits.append(limit)
             _apply()
         yield
     finally:
-        with _lock:
+        with _changed:
             if limit in _limits:
                 _limits.remove(limit)
                 _apply()
+                _changed.notify_all()
+        for library, number in own:
+            _set(library, number)
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
@@ -88,17 +131,13 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def _in_child() -> None:
-    """The child has none of the parent's other threads: neither those of the pool nor those that held BLAS down."""
+def _forget() -> None:
     global _pool
     _pool = None
-    here = threading.get_ident()
-    _limits[:] = [limit for limit in _limits if limit.holder == here]
-    _apply()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_forget)  # the threads stay with the parent
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, threads: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any, Protocol
 
 #: Whether this process was forked from one that had loaded fastdl.
@@ -18,7 +19,7 @@ class Lock(Protocol):
 
 
 _held: list[Lock] = []
-_taken: list[Lock] = []  # by the fork that is under way
+_forker: int | None = None  # the thread that has taken them
 
 
 def hold(lock: Lock) -> None:
@@ -26,29 +27,43 @@ def hold(lock: Lock) -> None:
 
     Parameters
     ----------
-    lock : reentrant lock
-        A signal handler may fork while its thread holds the lock. Locks are taken in the order of these calls, which is
-        the order in which a thread that needs two of them must take them.
+    lock : Lock
+        Reentrant: a signal handler may fork while its thread holds the lock. Locks are taken in the order of these
+        calls, which is the order in which a thread that needs two of them must take them.
     """
     _held.append(lock)
+    if hasattr(os, "register_at_fork"):
+        # The hook that was registered last comes first. It must come before those of the modules that a holder of the
+        # lock may need: `logging` holds its own lock over a fork, and Numba logs while it compiles.
+        os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_in_child)
 
 
 def _before() -> None:
-    for lock in _held:
-        lock.acquire()
-        _taken.append(lock)
+    global _forker
+    if _forker == threading.get_ident():
+        return
+    taken: list[Lock] = []
+    try:
+        for lock in _held:
+            lock.acquire()
+            taken.append(lock)
+    except BaseException:  # an interrupt; the fork goes on all the same
+        for lock in reversed(taken):
+            lock.release()
+        raise
+    _forker = threading.get_ident()
 
 
 def _after() -> None:
-    while _taken:
-        _taken.pop().release()
+    global _forker
+    if _forker != threading.get_ident():
+        return
+    _forker = None
+    for lock in reversed(_held):
+        lock.release()
 
 
 def _in_child() -> None:
     global is_child
     is_child = True
     _after()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_in_child)

@@ -58,7 +58,8 @@ def program(command, **options):
     """A command of the shell; ``fastdl`` stands for the program."""
     if command.startswith("fastdl "):
         command = command.replace("fastdl ", f"{sys.executable} -m fastdl ", 1)
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, **options)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=buffered, **options)
 
 
 # what training accepts, predict accepts
@@ -215,6 +216,19 @@ def test_options_that_no_machine_has(run, option, capsys):
 
 
 @pytest.mark.usefixtures("no_training")
+def test_more_than_the_memory_of_the_machine(run, written, monkeypatch):
+    """Told by arithmetic: a system may promise memory that it does not have, and kill the process later."""
+    monkeypatch.setattr(cli.train.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get)  # 4 MB
+    status, stdout, stderr = run("train", "digits", "--quiet", "--layers", "10000")
+    assert one_line(status, stdout, stderr)
+    assert "1,797 rows of 64 features, and 7.4e+05 weights with gradients and moments, need 0.0123 GB" in stderr
+    rows = written("a,y\n" + lines([f"x{k % 900}" for k in range(1800)], LABELS * 45))
+    status, stdout, stderr = run("train", rows, "--target", "y", *QUICK)
+    assert one_line(status, stdout, stderr)
+    assert "1,800 rows of 900 features" in stderr
+
+
+@pytest.mark.usefixtures("no_training")
 def test_batches_of_one_row_and_batch_norm(run, written):
     status, stdout, stderr = run("train", "digits", "--batch-size", "1", "--quiet")
     assert one_line(status, stdout, stderr)
@@ -259,6 +273,9 @@ def test_where_a_net_cannot_be_saved(run, tmp_path, monkeypatch):
         assert run("train", "digits", "--quiet", "--save", "/proc/net")[2].startswith("fastdl: /proc/net: ")
     assert sorted(os.listdir()) == ["link", "models", "pipe"]
     assert os.listdir("models") == []
+    with pytest.raises(AssertionError, match="the training has started"):
+        run("train", "digits", "--quiet", "--save", "net")
+    assert sorted(os.listdir()) == ["link", "models", "pipe"]  # what was tried is gone
 
 
 def test_a_net_is_saved_even_if_nobody_reads_on(run, tmp_path, monkeypatch):
@@ -325,9 +342,12 @@ def test_an_expression_that_is_none(run):
 
 
 def test_the_limit_of_cells_is_the_hosts(run, written):
-    before = csv.field_size_limit()
-    run("train", written("a\n"), "--target", "a")
-    assert csv.field_size_limit() == before
+    before = csv.field_size_limit(1234)
+    try:
+        run("train", written("a\n"), "--target", "a")
+        assert csv.field_size_limit() == 1234
+    finally:
+        csv.field_size_limit(before)
 
 
 # streams and interpreters
@@ -341,14 +361,18 @@ def test_without_docstrings(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_outputs_that_nobody_takes(run, written, tmp_path):
     path = written("a,y\n" + lines(N, LABELS))
+    written(",a,y\n" + lines(N, N, LABELS), "i.csv")
     run("train", path, "--target", "y", *QUICK, "--save", tmp_path / "net")
     for command, status, message in (
         ("fastdl predict net t.csv >&-", 1, "fastdl: there is no standard output; name a file with --out\n"),
         ("fastdl predict net t.csv --out p.csv >&- && test -s p.csv", 0, ""),
         ("fastdl predict net t.csv >/dev/full", 1, "fastdl: [Errno 28] No space left on device\n"),
         ("fastdl predict net t.csv --out /dev/full", 1, None),
+        ("fastdl info >/dev/full", 1, "fastdl: [Errno 28] No space left on device\n"),
         ("fastdl predict absent t.csv 2>&-", 1, ""),
         ("fastdl predict absent t.csv 2>/dev/full", 1, ""),
+        # a notice that nobody takes
+        ("fastdl train i.csv --target y --quiet --no-baseline --save i 2>/dev/full >&- && test -s i", 0, ""),
         ("fastdl train t.csv --target y --quiet --no-baseline --save n <&- >&- 2>&- && test -s n", 0, ""),
     ):
         done = program(command, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The engine: no allocation inside epochs, interrupts, threads of Python, fork, import time."""
+"""The engine: no allocation inside epochs, interrupts, import time."""
 
 from __future__ import annotations
 
@@ -127,51 +127,6 @@ def test_interrupt_stops_an_epoch_and_leaves_a_model() -> None:
     before = net.step
     net.fit(X[:640], y[:640], batch_size=64, epochs=1, verbose=0)
     assert net.step == before + 10
-
-
-def test_two_python_threads_train_two_nets() -> None:
-    results: dict[int, np.ndarray] = {}
-
-    def run(k: int) -> None:
-        rng = np.random.default_rng(k)
-        net = fd.Sequential([layers.Dense(40), layers.BatchNorm(), layers.ReLU(), layers.Dense(3)], seed=k)
-        net.compile("softmax_cross_entropy", "adam", threads=2)
-        X, y = rng.standard_normal((500, 20)), rng.integers(0, 3, 500)
-        net.fit(X, y, batch_size=50, epochs=5, verbose=0)
-        results[k] = net.weights["dense_0/kernel"]
-
-    for k in (1, 2):
-        run(k)
-    alone = dict(results)
-    threads = [threading.Thread(target=run, args=(k,)) for k in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for k in (1, 2):
-        np.testing.assert_array_equal(results[k], alone[k])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@needs_cython
-def test_fork_after_a_parallel_region_does_not_hang() -> None:
-    code = """
-import os, numpy as np, fastdl as fd
-from fastdl import layers
-X, y = np.random.default_rng(0).standard_normal((300, 50)), np.arange(300) % 3
-def train():
-    net = fd.Sequential([layers.Dense(64), layers.ReLU(), layers.Dense(3)], seed=0)
-    net.compile("softmax_cross_entropy", "adam", backend="cython", threads=2)
-    net.fit(X, y, batch_size=100, epochs=2, verbose=0)
-    return net.weights["dense_0/kernel"]
-parent = train()
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if np.array_equal(train(), parent) else 3)
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert run.stdout.strip() == "0"
 
 
 def test_import_adds_little_to_numpy() -> None:

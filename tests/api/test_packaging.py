@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -190,6 +191,27 @@ def test_missing_cxx_gives_one_line(builder, source, tmp_path):
     assert status == 1
     assert stderr.startswith(f"fastdl: no C++ compiler ({absent}) was found")
     assert len(stderr.splitlines()) == 1
+
+
+@POSIX
+@pytest.mark.parametrize("header", ["common/abi.h", "engine/crew.h", "activations/table.h", "losses/table.h"])
+def test_a_family_alone_is_not_rebuilt_after_a_shared_header(builder, source, tmp_path, header):
+    """The others would go on with another layout of what all of them share; a family's own header is its own."""
+    others = ("activations", "batchnorm", "dense", "engine")
+    for name in others:
+        (source / "kernels" / name / f"_cython{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    late = time.time() + 60
+    os.utime(source / "kernels" / header, (late, late))
+    compilers = {name: stand_in(tmp_path / name, "nothing fails") for name in ("CC", "CXX")}
+    build = ("setup.py", "-q", "build_ext", "--inplace")
+    status, _, stderr = python(*build, cwd=source, FASTDL_FAMILIES="losses", **compilers)
+    if header == "losses/table.h":
+        assert "has changed since" not in stderr
+        return
+    assert status == 1
+    message = f"fastdl: kernels/{header} has changed since (activations|batchnorm|dense|engine) was built"
+    assert re.match(message, stderr.splitlines()[-1]), stderr
+    assert "rebuild everything: python setup.py -q build_ext --inplace" in stderr
 
 
 # the how-to of CONTRIBUTING.md
