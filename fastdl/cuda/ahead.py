@@ -26,9 +26,9 @@ def _stacks(width: int) -> Iterator[list[layers.Layer]]:
     """Every activation behind a dense layer and behind a batch normalisation, with and without dropout."""
     for name in ACTIVATIONS:
         for rate in (0.0, 0.5):
-            drop = [layers.Dropout(rate)] if rate else []
-            body = [layers.Dense(width), layers.Activation(name), *drop, layers.Dense(width), *drop]
-            body += [layers.BatchNorm(), layers.Activation(name), *drop]
+            first, second, third = ([layers.Dropout(rate)] if rate else [] for _ in range(3))
+            body = [layers.Dense(width), layers.Activation(name), *first, layers.Dense(width), *second]
+            body += [layers.BatchNorm(), layers.Activation(name), *third]
             yield [*body, layers.Dense(width)]
         yield [layers.BatchNorm(), layers.Activation(name), layers.Dense(width, use_bias=False)]
 

@@ -144,6 +144,10 @@ class Executor(ABC):
         """Bind one of the caller's arrays; None lets go of it until the next run has another."""
         self._slots[buffer] = array
 
+    def holds(self, buffer: Buffer, array: np.ndarray) -> bool:
+        """Whether a slot is bound to this very array."""
+        return self._slots.get(buffer) is array
+
     def single(self, x: Buffer, targets: Buffer) -> Any:
         """A quick way in for batches that need no conversion (engine's `SingleStep`), or None."""
         return None

@@ -45,11 +45,10 @@ class Bound:
     dx: Buffer | None = None
 
     def feed(self, x: Any, targets: Any, weight: Any) -> None:
-        """Bind the caller's arrays: a data set or one batch."""
-        self.executor.slot(self.x, x)
-        self.executor.slot(self.targets, targets)
-        if weight is not None:
-            self.executor.slot(self.weight, weight)
+        """Bind the caller's arrays: a data set or one batch. What is bound stays: a GPU would copy it each epoch."""
+        for buffer, array in ((self.x, x), (self.targets, targets), (self.weight, weight)):
+            if array is not None and not self.executor.holds(buffer, array):
+                self.executor.slot(buffer, array)
 
     def let_go(self) -> None:
         """Hold none of the caller's arrays any more."""
