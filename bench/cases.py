@@ -16,7 +16,7 @@ from fastdl.kernels.registry import OpSpec
 #: Back ends that are measured; the third one, numpy, is the baseline.
 BACKENDS = ("cython", "numba")
 #: Values of the run-time block in every case.
-RUNTIME = {"step": 3, "epoch": 1, "first_row": 0, "total_rows": 0, "offset": 0, "lr": 1e-3}
+RUNTIME = {"step": 3, "epoch": 1, "first_row": 0, "total_rows": 0, "offset": 0, "update": 3, "lr": 1e-3, "scale": 1.0}
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,14 @@ def _op(case: OpCase, threads: int) -> Prepared:
 
     mine = _with_outputs(spec, arrays)
     dispatch.call(impl, mine, arguments, threads)
-    tolerance = spec.tolerance(values)
+    tolerances = spec.tolerances(values)
     misses = AT_KINKS if params.get("activation", "identity") != "identity" else 0.0
     eps = float(np.finfo(DTYPE).eps)
     for array, got, want in zip(spec.arrays, mine, _wanted(case.op, case.variant, case.shape), strict=True):
         if got is not None and array.role != "in":
-            assert close(got, want, tolerance, eps, misses), f"{case}: {array.name} differs from the reference"
+            assert close(got, want, tolerances[array.name], eps, misses), (
+                f"{case}: {array.name} differs from the reference"
+            )
 
     theirs = _with_outputs(spec, arrays)
     numpy = dispatch.choose(case.op, "numpy")

@@ -72,6 +72,8 @@ class Builder:
             x = layer.trace(trace, x, name)
             self.outputs.append(x.shape[0])
             self.tensors.append(trace.made[first:])
+        #: the op that makes the output, in training
+        self.last_op = next((c.op for c in reversed(trace.calls) if c.op != "identity_forward"), "")
 
     @property
     def names(self) -> list[str]:
@@ -135,6 +137,14 @@ class Builder:
             calls.append(Call("gather_values", buffers, {}, "feed"))
         return calls, found
 
+    def _scores(self, trace: Trace, y: Buffer, loss: Loss) -> Buffer:
+        """What the loss reads: where the net ends with the activation that the loss applies itself, what goes into it.
+
+        The loss of softmax's input is exact where that of its output underflows; `predict` has the activation.
+        """
+        op = f"{loss.activation}_forward"
+        return trace.undo(op) if op == self.last_op else y
+
     def _loss(self, loss: Loss, z: Buffer, fed: dict[str, Buffer | None], dz: Buffer | None) -> Call:
         stats = Buffer("loss", (3,), "cell", "f8")
         buffers = {"z": z, "targets": fed["targets"], "weight": fed["weight"], "stats": stats, "dz": dz}
@@ -164,7 +174,7 @@ class Builder:
             buffers = {
                 "w": flat(group, ("parameters", first, last)),
                 "g": flat(f"d {group}", ("gradients", first, last)),
-                "scale": scale,
+                "clip": scale,
                 **{name: flat(f"{name} {group}", (name, first, last)) for name in optimizer.states},
             }
             calls.append(Call(optimizer.op, buffers, params, "update"))
@@ -181,6 +191,7 @@ class Builder:
     ) -> tuple[Program, dict[str, Any]]:
         """Feed, forward, loss, backward, update: a whole training step."""
         trace, x, y = self._trace(True)
+        y = self._scores(trace, y, loss)
         calls, fed = self._feed(x, feed, loss)
         calls += trace.calls
         calls.append(self._loss(loss, y, fed, trace.gradient_of(y)))
@@ -233,6 +244,7 @@ class Builder:
     ) -> tuple[Program, dict[str, Any]]:
         """Forward with running statistics, and the loss without its gradient."""
         trace, x, y = self._trace(False)
+        y = self._scores(trace, y, loss)
         calls, fed = self._feed(x, feed, loss)
         calls += trace.calls
         calls.append(self._loss(loss, y, fed, None))

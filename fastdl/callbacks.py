@@ -8,8 +8,10 @@ Setting ``self.model.stop_training = True`` ends the training after the epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from fastdl import checks
 
 
 class Callback:
@@ -26,6 +28,28 @@ class Callback:
     def on_train_end(self) -> None: ...
 
 
+def as_list(callbacks: Callback | Iterable[Callback] | None) -> list[Callback]:
+    """What ``fit(callbacks=)`` takes, as a list: several callbacks, one, or none."""
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, Callback):
+        return [callbacks]
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks: expected callbacks in a list, found {callbacks!r}")
+    several = list(callbacks)
+    for callback in several:
+        if not isinstance(callback, Callback):
+            hint = "; make one, with ()" if isinstance(callback, type) and issubclass(callback, Callback) else ""
+            raise TypeError(f"callbacks: expected objects of fastdl.callbacks.Callback, found {callback!r}{hint}")
+    return several
+
+
+def _function(fn: Any, name: str) -> Any:
+    if not callable(fn):
+        raise TypeError(f"{name}: expected a function, found {fn!r}")
+    return fn
+
+
 class EarlyStopping(Callback):
     """Stop when a watched value has not improved for ``patience`` epochs.
 
@@ -34,7 +58,8 @@ class EarlyStopping(Callback):
     monitor : str
         A name of the history.
     patience : int
-        Epochs without improvement that are borne; 0 stops at the first.
+        Stop after so many epochs in a row without an improvement, as in Keras: 1 stops at the first, 3 at the third. 0
+        stops at the first too.
     min_delta : float
         An improvement must be larger than this.
     mode : {"auto", "min", "max"}
@@ -58,12 +83,10 @@ class EarlyStopping(Callback):
     ) -> None:
         if mode not in ("auto", "min", "max"):
             raise ValueError(f"mode must be auto, min or max, found {mode!r}")
-        if patience < 0:
-            raise ValueError(f"patience must be 0 or more, found {patience}")
-        if min_delta < 0:
-            raise ValueError(f"min_delta must be 0 or more, found {min_delta}")
-        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
-        self.restore_best_weights = restore_best_weights
+        self.monitor = monitor
+        self.patience = checks.whole(patience, "patience", 63)
+        self.min_delta = checks.NOT_NEGATIVE.check(min_delta, "min_delta")
+        self.restore_best_weights = checks.flag(restore_best_weights, "restore_best_weights")
         larger = mode == "max" or (mode == "auto" and monitor.endswith(("accuracy", "r2")))
         self._sign = 1.0 if larger else -1.0
         self.on_train_begin()
@@ -102,13 +125,10 @@ class LearningRateSchedule(Callback):
     """Set the learning rate of every epoch: ``fn(epoch) -> lr``, epochs from 0."""
 
     def __init__(self, fn: Callable[[int], float]) -> None:
-        self.fn = fn
+        self.fn = _function(fn, "LearningRateSchedule fn")
 
     def on_epoch_begin(self, epoch: int) -> None:
-        lr = float(self.fn(epoch))
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"the schedule gave the learning rate {lr} for epoch {epoch}, expected 0 or more")
-        self.model.lr = lr
+        self.model.lr = checks.LEARNING_RATE.check(self.fn(epoch), f"learning rate of the schedule for epoch {epoch}")
 
 
 class LambdaCallback(Callback):
@@ -129,4 +149,4 @@ class LambdaCallback(Callback):
         }
         for name, fn in given.items():
             if fn is not None:
-                setattr(self, name, fn)
+                setattr(self, name, _function(fn, name))

@@ -65,6 +65,8 @@ def check_backend(name: object, where: str = "backend") -> str:
 
 def check_threads(threads: object, where: str = "threads") -> int:
     """A number of threads, at most `MOST_THREADS`."""
+    if type(threads) is int and 0 < threads <= MOST_THREADS:
+        return threads  # every step of a net asks
     try:
         number = 0 if isinstance(threads, bool) else operator.index(threads)
     except TypeError:
@@ -89,7 +91,7 @@ def backend(name: str, threads: int | None = None) -> Iterator[None]:
 
     Parameters
     ----------
-    name : {"auto", "numpy", "cython", "numba"}
+    name : {"auto", "numpy", "cython", "numba", "cuda"}
     threads : int, optional
 
     Raises

@@ -1,4 +1,4 @@
-"""Initial values of parameters: frozen descriptions that name an op of the random family, or a constant.
+"""Initial values of parameters: descriptions that name an op of the random family, or a constant.
 
 The values are a function of the seed and the parameter's number alone, and equal bit for bit on every back end.
 
@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from fastdl import checks
+from fastdl.described import Described
+
+_DEVIATION = checks.Range("a deviation >= 0", 0.0)
 
 #: (op of the random family or None, its parameters, the value when there is no op)
 Call = tuple[str | None, dict[str, float], float | None]
 
 
-@dataclass(frozen=True)
-class Initializer(ABC):
+@dataclass(unsafe_hash=True)
+class Initializer(Described):
     """Maps a parameter's shape to the call that fills it."""
 
     #: public name, as in ``Dense(10, kernel_initializer="he_normal")``
@@ -29,12 +33,9 @@ class Initializer(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{type(self).__name__}({field.name}=...): expected a finite number, found {value!r}")
-            if field.name == "std" and value < 0:
-                raise ValueError(f"{type(self).__name__}(std=...): expected a deviation >= 0, found {value!r}")
-            object.__setattr__(self, field.name, float(value))
+            allowed = _DEVIATION if field.name == "std" else checks.FINITE
+            value = allowed.check(getattr(self, field.name), f"{type(self).__name__}({field.name}=...)")
+            setattr(self, field.name, value)
 
     @abstractmethod
     def call(self, shape: Sequence[int]) -> Call:
@@ -61,7 +62,7 @@ def _normal(std: float) -> Call:
     return "normal", {"mean": 0.0, "std": std}, None
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class GlorotUniform(Initializer):
     """Uniform on +-sqrt(6 / (fan_in + fan_out)), for tanh-like activations.
 
@@ -76,7 +77,7 @@ class GlorotUniform(Initializer):
         return _uniform(math.sqrt(6.0 / sum(self._fans(shape))))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class GlorotNormal(Initializer):
     """Normal of variance 2 / (fan_in + fan_out); not truncated, as in PyTorch (Keras cuts at two deviations).
 
@@ -91,7 +92,7 @@ class GlorotNormal(Initializer):
         return _normal(math.sqrt(2.0 / sum(self._fans(shape))))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class HeUniform(Initializer):
     """Uniform on +-sqrt(6 / fan_in), for rectifiers: the variance of `HeNormal`.
 
@@ -106,7 +107,7 @@ class HeUniform(Initializer):
         return _uniform(math.sqrt(6.0 / self._fans(shape)[0]))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class HeNormal(Initializer):
     """Normal of variance 2 / fan_in, for rectifiers; not truncated, as in the paper and PyTorch (Keras cuts).
 
@@ -121,7 +122,7 @@ class HeNormal(Initializer):
         return _normal(math.sqrt(2.0 / self._fans(shape)[0]))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Constant(Initializer):
     """The same value everywhere."""
 
@@ -132,7 +133,7 @@ class Constant(Initializer):
         return None, {}, self.value
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Zeros(Initializer):
     """0 everywhere."""
 
@@ -142,7 +143,7 @@ class Zeros(Initializer):
         return None, {}, 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Ones(Initializer):
     """1 everywhere."""
 
@@ -152,7 +153,7 @@ class Ones(Initializer):
         return None, {}, 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Uniform(Initializer):
     """Uniform on [low, high)."""
 
@@ -169,7 +170,7 @@ class Uniform(Initializer):
         return "uniform", {"low": self.low, "high": self.high}, None
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Normal(Initializer):
     """Normal of a mean and a standard deviation."""
 
@@ -181,7 +182,7 @@ class Normal(Initializer):
         return "normal", {"mean": self.mean, "std": self.std}, None
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TruncatedNormal(Initializer):
     """Normal, cut at two deviations from the mean.
 
@@ -216,9 +217,7 @@ def get(initializer: str | float | Initializer) -> Initializer:
     """An initialiser by name (with its defaults), a number as a constant, or the instance that was given."""
     if isinstance(initializer, Initializer):
         return initializer
-    if isinstance(initializer, numbers.Real) and not isinstance(initializer, bool):
-        return Constant(initializer)
-    return _find(initializer)()
+    return Constant(initializer) if hasattr(initializer, "__float__") else _find(initializer)()
 
 
 def from_config(config: Mapping[str, Any]) -> Initializer:

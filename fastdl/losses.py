@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastdl import convert
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -30,6 +32,8 @@ class Loss:
         Name of what ``stats[2] / stats[1]`` measures in an unweighted batch.
     unit : bool
         Values must lie in [0, 1].
+    activation : str, optional
+        What the loss applies itself: it reads what goes into such a last layer, or the output of a net without one.
     """
 
     name: str
@@ -38,6 +42,18 @@ class Loss:
     onehot_op: str | None = None
     metric: str | None = None
     unit: bool = False
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_kind not in ("labels", "values"):
+            raise ValueError(f"Loss target_kind: expected 'labels' or 'values', found {self.target_kind!r}")
+
+    @property
+    def advice(self) -> str:
+        """What to do with targets that are no numbers."""
+        if self.target_kind == "labels":
+            return "number the classes with `classes, y = np.unique(y, return_inverse=True)`"
+        return "convert with y.astype(float)"
 
     def op_for(self, targets: np.ndarray) -> str:
         """The op for targets that `check_targets` gave back."""
@@ -64,7 +80,7 @@ class Loss:
             Wrong rank or shape, no rows, NaN or infinite targets, labels that are negative, too large or not integers,
             values outside [0, 1] where the loss needs them there.
         """
-        y = self._numeric(y)
+        y = convert.as_numbers(y, self.name, self.advice)
         if y.ndim and len(y) == 0:
             raise ValueError(
                 f"{self.name}: expected at least one target, found shape {y.shape}; pass a batch with rows"
@@ -76,20 +92,6 @@ class Loss:
         if y.ndim != 2 or y.shape[1] != n_outputs:
             raise ValueError(self._wrong_shape(y, n_outputs))
         return self._values(y, np.dtype(dtype))
-
-    def _numeric(self, y: npt.ArrayLike) -> np.ndarray:
-        try:
-            y = np.asarray(y)
-        except ValueError as error:  # a ragged list
-            raise TypeError(f"{self.name}: expected an array of numbers as targets, found {error}") from None
-        if y.dtype.kind in "biuf":
-            return y
-        advice = (
-            "number the classes with `classes, y = np.unique(y, return_inverse=True)`"
-            if self.target_kind == "labels"
-            else "convert with y.astype(float)"
-        )
-        raise TypeError(f"{self.name}: expected numbers as targets, found dtype {y.dtype}; {advice}")
 
     def _wrong_shape(self, y: np.ndarray, n_outputs: int) -> str:
         if self.target_kind == "labels":
@@ -133,7 +135,7 @@ class Loss:
         return np.ascontiguousarray(y, dtype=np.int64)
 
     def _values(self, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             values = np.ascontiguousarray(y, dtype=dtype)
         finite = np.isfinite(values)
         if not finite.all():
@@ -154,9 +156,23 @@ class Loss:
 KNOWN = {
     loss.name: loss
     for loss in (
-        Loss("softmax_cross_entropy", "softmax_cross_entropy", "labels", "softmax_cross_entropy_onehot", "accuracy"),
-        Loss("binary_cross_entropy", "binary_cross_entropy", "values", metric="accuracy", unit=True),
-        Loss("mse", "mse", "values"),
+        Loss(
+            "softmax_cross_entropy",
+            op="softmax_cross_entropy",
+            target_kind="labels",
+            onehot_op="softmax_cross_entropy_onehot",
+            metric="accuracy",
+            activation="softmax",
+        ),
+        Loss(
+            "binary_cross_entropy",
+            op="binary_cross_entropy",
+            target_kind="values",
+            metric="accuracy",
+            unit=True,
+            activation="sigmoid",
+        ),
+        Loss("mse", op="mse", target_kind="values"),
     )
 }
 
@@ -165,7 +181,7 @@ def get(loss: str | Loss) -> Loss:
     """A loss by name, or the instance that was given."""
     if isinstance(loss, Loss):
         return loss
-    found = KNOWN.get(loss) if isinstance(loss, str) else None
-    if found is None:
+    known = KNOWN.get(loss) if isinstance(loss, str) else None
+    if known is None:
         raise ValueError(f"unknown loss {loss!r}, known: {', '.join(sorted(KNOWN))}")
-    return found
+    return known

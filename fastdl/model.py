@@ -10,10 +10,18 @@ import numpy as np
 
 from fastdl import config, losses
 from fastdl.builder import Builder, Feed
-from fastdl.callbacks import Callback
-from fastdl.checks import whole
+from fastdl.callbacks import Callback, as_list
+from fastdl.checks import flag, whole
 from fastdl.errors import BackendUnavailable, ModelFileError
-from fastdl.inputs import as_matrix, as_targets, as_weights, split_validation, whole_number
+from fastdl.inputs import (
+    as_matrix,
+    as_targets,
+    as_validation,
+    as_weights,
+    by_name,
+    split_validation,
+    whole_number,
+)
 from fastdl.net import Net
 from fastdl.run import checkpoint
 from fastdl.run.executor import Run
@@ -53,22 +61,27 @@ class Sequential(Net):
             raise ValueError("the model has no loss yet: call compile(loss=..., optimizer=...) first")
         return self.loss
 
+    def _matrix(self, X: Any, name: str, finite: bool = False) -> Any:
+        """X as the kernels take it, the columns of a frame by their names."""
+        X = by_name(X, self.feature_names, name)
+        return as_matrix(X, self._settings.float, name, self._on_gpu(), finite)
+
     def _inputs(
-        self, X: Any, y: Any, sample_weight: Any, name: str = "", width: int | None = None
+        self, X: Any, y: Any, sample_weight: Any, name: str = "", width: int | None = None, finite: bool = False
     ) -> tuple[Builder, tuple[Any, Any, Any]]:
         """X, targets and weights as the kernels take them, checked against each other and the model on paper.
 
-        ``width`` is that of the training rows, where these are others.
+        ``width`` is that of the training rows, where these are others. ``finite`` refuses NaN and infinities in X.
         """
         dtype, gpu = self._settings.float, self._on_gpu()
-        X = as_matrix(X, dtype, f"{name}X", gpu)
+        X = self._matrix(X, f"{name}X", finite)
         if width not in (None, X.shape[1]):
             raise ValueError(f"{name}X: expected {width} features, as X has, found {X.shape[1]}")
         builder = self._builder(X.shape[1])
         targets = as_targets(y, self._loss(), builder.out_width, dtype, f"{name}y", gpu)
         if targets.shape[0] != X.shape[0]:
             raise ValueError(f"{name}y: expected {X.shape[0]} rows, as many as X has, found {targets.shape[0]}")
-        return builder, (X, targets, as_weights(sample_weight, X.shape[0], dtype, gpu))
+        return builder, (X, targets, as_weights(sample_weight, X.shape[0], dtype, gpu, f"{name}sample_weight"))
 
     # ------------------------------------------------------------------ training
     def fit(
@@ -78,9 +91,9 @@ class Sequential(Net):
         batch_size: int = 32,
         epochs: int = 1,
         validation_data: tuple[Any, ...] | None = None,
-        validation_split: float = 0.0,
+        validation_split: float | None = 0.0,
         sample_weight: Any = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] | None = (),
         shuffle: bool = True,
         verbose: int | bool = 1,
     ) -> dict[str, list[float]]:
@@ -91,8 +104,9 @@ class Sequential(Net):
         Parameters
         ----------
         X : array-like (N, I)
-            Converted once to the model's dtype. With ``backend="cuda"`` it may lie in GPU memory (PyTorch, CuPy, Numba
-            or JAX; float32): nothing is copied then.
+            Finite numbers, converted once to the model's dtype; the columns of a frame are told by their names (see
+            `feature_names`). With ``backend="cuda"`` it may lie in GPU memory
+            (PyTorch, CuPy, Numba or JAX; float32): nothing is copied then, and values are not looked at.
         y : array-like
             Labels (N,) for ``softmax_cross_entropy``; values (N, O) for the other losses. In GPU memory int64 or
             float32; values are not checked there, and a label without an output makes the loss NaN.
@@ -103,7 +117,7 @@ class Sequential(Net):
             Share of the rows, taken from the end before shuffling, that is held out for validation.
         sample_weight : array-like (N,), optional
             The loss is then sum(w l) / sum(w), in a batch, in the history and in `evaluate`.
-        callbacks : iterable of Callback
+        callbacks : iterable of Callback, or one
         shuffle : bool
             A fresh permutation each epoch; False keeps the order.
         verbose : int or bool
@@ -116,56 +130,55 @@ class Sequential(Net):
         TrainingInProgress
             From a callback, where the context names another back end than that of the training under way.
         """
-        whole_number(batch_size, "batch_size")
-        whole_number(epochs, "epochs")
-        if not 0 <= validation_split < 1:
-            raise ValueError(f"validation_split: expected a share in [0, 1), found {validation_split!r}")
-        if validation_data is not None and not 2 <= len(validation_data) <= 3:
-            raise ValueError("validation_data: expected (X, y) or (X, y, sample_weight)")
-        callbacks = list(callbacks)
+        batch_size, epochs = whole_number(batch_size, "batch_size"), whole_number(epochs, "epochs")
+        validation_split, validation_data = as_validation(validation_split, validation_data)
+        callbacks, shuffle = as_list(callbacks), flag(shuffle, "shuffle")
         with self._training:
             with self._lock:
-                builder, (X, targets, weight) = self._inputs(X, y, sample_weight)
+                given = X
+                builder, (X, targets, weight) = self._inputs(X, y, sample_weight, finite=True)
                 held = None
                 if validation_data is not None:
-                    weights = validation_data[2] if len(validation_data) == 3 else None
-                    _, held = self._inputs(*validation_data[:2], weights, "validation ", X.shape[1])
+                    _, held = self._inputs(*validation_data, "validation ", X.shape[1], finite=True)
                 elif validation_split:
                     X, targets, weight, held = split_validation(X, targets, weight, validation_split)
-                runtime = self._built(builder)
+                runtime = self._built(builder, given)
                 batch = min(batch_size, X.shape[0])
-                executor, bound = runtime.working().epochs(X, targets, weight, batch, shuffle)
+                data = runtime.working().data_set(X, targets, weight, batch, shuffle)
                 self._training.depth += 1
             try:
                 for callback in callbacks:
                     callback.model = self
-                trainer = Trainer(executor, self._state, self._lock, X.shape[0], batch, self._loss().metric)
+                trainer = Trainer(data, self._state, self._lock, X.shape[0], batch, self._loss().metric)
                 evaluate = None if held is None else lambda: self._evaluated(runtime, *held)
                 return trainer.run(epochs, evaluate, callbacks, verbose)
             finally:
                 with self._lock:
                     self._training.depth -= 1
-                    bound.let_go()
+                    data.let_go()
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """One training step; returns the batch's mean loss before the update."""
+        """One training step; returns the batch's mean loss before the update.
+
+        Values of X are not looked at, as `fit` does: NaN there makes the loss and the parameters NaN.
+        """
         with self._training.quick, self._lock.quick:
             state, runtime = self._state, self._runtime
             quick = None if runtime is None or sample_weight is not None else runtime.quick()
-            loss = None if quick is None else quick.run(X, y, state.step, state.epoch, state.lr)
+            loss = None if quick is None else quick.run(X, y, state.step, state.epoch, state.update, state.lr)
             if loss is None:
                 loss = self._train_on_batch(X, y, sample_weight)
             state.advance()
             return loss
 
     def _train_on_batch(self, X: Any, y: Any, sample_weight: Any) -> float:
-        builder, (X, targets, weight) = self._inputs(X, y, sample_weight)
-        state, rows = self._state, X.shape[0]
-        placement = self._built(builder).working()
+        builder, (x, targets, weight) = self._inputs(X, y, sample_weight)
+        state, rows = self._state, x.shape[0]
+        placement = self._built(builder, X).working()
         bound = placement.train(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
         executor = bound.executor
         try:
-            bound.feed(X, targets, weight)
+            bound.feed(x, targets, weight)
             executor.run(
                 Run(rows=rows, step=state.step, update=state.update, epoch=state.epoch, total_rows=rows, lr=state.lr)
             )
@@ -191,20 +204,17 @@ class Sequential(Net):
         if not training:
             return self.predict(X)
         with self._training, self._lock:
-            X = as_matrix(X, self._settings.float, "X", self._on_gpu())
+            x = self._matrix(X, "X")
             first = self._state.rows if first_row is None else whole(first_row, "first_row", 62)
-            placement, rows = self._built(self._builder(X.shape[1])).working(), X.shape[0]
+            placement, rows = self._built(self._builder(x.shape[1]), X).working(), x.shape[0]
             bound = placement.loop(rows)
             executor = bound.executor
             run = Run(rows=rows, step=self._state.step, first_row=first, total_rows=rows)
             try:
-                executor.slot(bound.x, X)
-                blank = np.zeros((rows, placement.builder.out_width), self._settings.float)
-                executor.slot(bound.dy, blank)  # until backward() knows
+                executor.slot(bound.x, x)
                 executor.run(run, "feed", "forward")
             finally:
                 executor.slot(bound.x, None)
-                executor.slot(bound.dy, None)
             self._last, self._state.rows = (bound, run), first + rows
             return executor.read(bound.y, rows)
 
@@ -267,14 +277,14 @@ class Sequential(Net):
             if out is not None:
                 return out
         with self._lock:
-            X = as_matrix(X, self._settings.float, "X", self._on_gpu())
-            return self._built(self._builder(X.shape[1])).reading().predict(X)
+            x = self._matrix(X, "X")
+            return self._built(self._builder(x.shape[1]), X).reading().predict(x)
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, and accuracy where the loss has one, with running statistics and no dropout."""
         with self._lock:
             builder, data = self._inputs(X, y, sample_weight)
-            return self._evaluated(self._built(builder), *data)
+            return self._evaluated(self._built(builder, X), *data)
 
     def _evaluated(self, runtime: Runtime, X: Any, targets: Any, weight: Any = None) -> dict[str, float]:
         with self._lock:

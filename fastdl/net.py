@@ -11,8 +11,8 @@ import numpy as np
 
 from fastdl import describe, losses, optimizers
 from fastdl.builder import Builder, named
-from fastdl.checks import whole
-from fastdl.inputs import whole_number
+from fastdl.checks import settings_fit, whole
+from fastdl.inputs import feature_names, whole_number
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
 from fastdl.program import Program
@@ -42,6 +42,8 @@ class Net:
         self._pairs = named(self.layers)
         self.names: list[str] = [name for name, _ in self._pairs]  #: of the layers: ``dense_0``, ...
         self.seed = whole(seed, "seed", 64)
+        #: columns of the frame that the net was built with: other frames are taken by these names, in any order
+        self.feature_names: list[str] | None = None
         self.extra: dict[str, Any] = {}  #: whatever was handed to `save` with the model
         self._state = TrainState()
         self._settings = Settings()
@@ -87,6 +89,8 @@ class Net:
             When this net is training at the moment.
         """
         settings = Settings.checked(loss, optimizer, backend, threads, dtype, fuse)
+        for layer in self.layers:
+            settings_fit(layer, np.dtype(settings.float))
         with self._lock:
             if self._runtime is not None:
                 if settings.dtype != self._settings.dtype:
@@ -113,14 +117,15 @@ class Net:
             raise ValueError(f"expected {self._runtime.builder.width} features, as this model was built, found {width}")
         return self._runtime.builder
 
-    def _built(self, builder: Builder | None = None) -> Runtime:
-        """The runtime; made from what `_builder` gave if there is none yet."""
+    def _built(self, builder: Builder | None = None, X: Any = None) -> Runtime:
+        """The runtime; made from what `_builder` gave for X if there is none yet."""
         if self._runtime is None:
             if builder is None:
                 raise ValueError(
                     "the model does not know its input yet: call fit(), predict() or build(features) first"
                 )
             self._runtime = Runtime(builder, self._settings, self._training)
+            self.feature_names = feature_names(X)
         return self._runtime
 
     @property
@@ -254,7 +259,8 @@ class Net:
             tensors = {} if runtime is None else Snapshot.read(runtime.memory, runtime.builder.names, moments)
             width, state = None if runtime is None else runtime.builder.width, copy.deepcopy(self._state)
             layers = [copy.copy(layer) for layer in self.layers]
-            return Snapshot(layers, self.seed, width, self._settings, state, tensors, copy.deepcopy(self.extra))
+            names, extra = copy.copy(self.feature_names), copy.deepcopy(self.extra)
+            return Snapshot(layers, self.seed, width, self._settings, state, tensors, names, extra)
 
     def __copy__(self) -> Self:
         return type(self)._restored(self._snapshot())
@@ -274,7 +280,7 @@ class Net:
             net.build(snapshot.width)
             net.set_state(snapshot.weights)
             snapshot.write_moments(net._runtime.memory)
-        net._state, net.extra = snapshot.state, snapshot.extra
+        net._state, net.extra, net.feature_names = snapshot.state, snapshot.extra, snapshot.feature_names
         return net
 
     def save(

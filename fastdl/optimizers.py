@@ -1,4 +1,4 @@
-"""Optimisers: frozen descriptions of an update rule. The arithmetic is in ``fastdl/kernels/optimizers``.
+"""Optimisers: descriptions of an update rule. The arithmetic is in ``fastdl/kernels/optimizers``.
 
 >>> SGD(lr=0.1, momentum=0.9)
 SGD(lr=0.1, momentum=0.9, nesterov=False, l2=0.0, weight_decay=0.0, clip_norm=None)
@@ -9,16 +9,17 @@ SGD(lr=0.1, momentum=0.9, nesterov=False, l2=0.0, weight_decay=0.0, clip_norm=No
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fastdl import checks
+from fastdl.described import Described
 
-@dataclass(frozen=True)
-class Optimizer(ABC):
+
+@dataclass(unsafe_hash=True)
+class Optimizer(Described):
     """What every optimiser tells: the op of its sweep, the state arrays that the op keeps, and the op's parameters."""
 
     #: public name, as in ``compile(optimizer="adam")``
@@ -28,23 +29,20 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, self._checked(field.name, getattr(self, field.name)))
+            setattr(self, field.name, self._checked(field.name, getattr(self, field.name)))
 
     def _checked(self, field: str, value: Any) -> Any:
         who = f"{type(self).__name__}({field}=...)"
         if field == "nesterov":
-            if not isinstance(value, bool):
-                raise ValueError(f"{who}: expected True or False, found {value!r}")
-            return value
+            return checks.flag(value, who)
         if field == "clip_norm" and value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"{who}: expected a number, found {value!r}")
-        value = float(value)
-        low, high, text = _RANGES[field]
-        if not math.isfinite(value) or not (low < value if field in _OPEN else low <= value) or not value < high:
-            raise ValueError(f"{who}: expected {text}, found {value!r}")
-        return value
+        return checks.OPTIMIZER[field].check(value, who)
+
+    def _instead(self, name: str, value: Any) -> str:
+        if name == "lr":
+            return f"assign to the net, net.lr = {value!r}"
+        return f"compile again, with dataclasses.replace(optimizer, {name}={value!r})"
 
     @property
     @abstractmethod
@@ -60,20 +58,12 @@ class Optimizer(ABC):
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "lr": (0.0, math.inf, "a finite learning rate >= 0"),
-    "momentum": (0.0, 1.0, "a momentum in [0, 1)"),
-    "beta1": (0.0, 1.0, "a decay in [0, 1)"),
-    "beta2": (0.0, 1.0, "a decay in [0, 1)"),
-    "eps": (0.0, math.inf, "a finite number > 0"),
-    "l2": (0.0, math.inf, "a finite number >= 0"),
-    "weight_decay": (0.0, math.inf, "a finite number >= 0"),
-    "clip_norm": (0.0, math.inf, "a finite norm > 0, or None for no clipping"),
-}
-_OPEN = ("eps", "clip_norm")  # zero is refused
+def check_lr(value: Any) -> float:
+    """A learning rate as Python's float: finite and not negative."""
+    return checks.LEARNING_RATE.check(value, "lr")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum.
 
@@ -129,7 +119,7 @@ class SGD(Optimizer):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Adam(Optimizer):
     """Adam: step along the mean gradient, divided by its root mean square.
 
@@ -144,7 +134,8 @@ class Adam(Optimizer):
     beta1, beta2 : float
         Weights of the old mean and mean square, in [0, 1).
     eps : float
-        Added to the root.
+        Added to the root; at least the smallest normal number of the model's dtype (1.2e-38 in float32). A smaller one
+        rounds to 0, and a weight without a gradient would become 0 / 0.
     l2 : float
         Adds l2 * w to the gradient; not on biases, batch norm, PReLU. For decay apart from the gradient see `AdamW`.
     clip_norm : float, optional
@@ -172,7 +163,7 @@ class Adam(Optimizer):
         return {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "l2": self.l2, "weight_decay": 0.0}
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class AdamW(Optimizer):
     """Adam with decoupled weight decay: w <- (1 - lr weight_decay) w, then Adam's step.
 
@@ -209,11 +200,6 @@ class AdamW(Optimizer):
             "l2": 0.0,
             "weight_decay": self.weight_decay,
         }
-
-
-def check_lr(value: Any) -> float:
-    """A learning rate, or a ValueError that says what was expected."""
-    return SGD(lr=value).lr
 
 
 _KNOWN: dict[str, type[Optimizer]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastdl import checks, config
+from fastdl.inputs import whole_number
 from fastdl.kernels import dispatch
 from fastdl.kernels.common import philox
 
@@ -65,7 +66,7 @@ def dropout_mask(
     shape = tuple(shape) if not isinstance(shape, (int, np.integer)) else (int(shape),)
     if not shape:
         raise ValueError("shape: expected at least one dimension (rows), found none")
-    rate = checks.share(rate)
+    rate = checks.RATE.check(rate, "rate")
     philox.threshold(rate)
     arguments = {
         "rate": rate,
@@ -84,11 +85,10 @@ def dropout_mask(
 
 def permutation(n: int, seed: int, epoch: int = 0, *, backend: str | None = None) -> np.ndarray:
     """The order in which `fit` visits ``n`` rows in an epoch: int64 (n,)."""
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f"n: expected an integer of at least 1, found {n!r}")
-    index = np.empty(int(n), np.int64)
+    n = whole_number(n, "n")
+    index = np.empty(n, np.int64)
     arguments = {
-        "n": int(n),
+        "n": n,
         "seed": checks.whole(seed, "seed", 64),
         "epoch": checks.whole(epoch, "epoch"),
         "offset": 0,

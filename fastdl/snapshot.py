@@ -38,6 +38,7 @@ class Snapshot:
     settings: Settings
     state: TrainState
     tensors: dict[str, np.ndarray]
+    feature_names: list[str] | None
     extra: dict[str, Any]
 
     # ------------------------------------------------------------------ from and into memory
@@ -88,6 +89,7 @@ class Snapshot:
             "state": self.state.to_config(),
             "loss": None if loss is None else loss.name,
             "optimizer": None if optimizer is None else optimizer.to_config(),
+            "feature_names": self.feature_names,
             "extra": self.extra,
         }
 
@@ -131,7 +133,13 @@ class Snapshot:
         extra = description["extra"]
         if not isinstance(extra, dict):
             raise TypeError(f"extra: expected a mapping, found {type(extra).__name__}")
-        snapshot = cls(layers, whole(description["seed"], "seed", 64), width, settings, state, tensors, extra)
+        names = description.get("feature_names")
+        if names is not None and not (
+            isinstance(names, list) and len(names) == width and all(isinstance(n, str) for n in names)
+        ):
+            raise ValueError(f"feature_names: expected {width} names, found {names!r:.80}")
+        seed = whole(description["seed"], "seed", 64)
+        snapshot = cls(layers, seed, width, settings, state, tensors, names, extra)
         if snapshot._check_tensors():
             return snapshot
         return replace(snapshot, state=replace(state, update=0))  # the optimiser starts anew

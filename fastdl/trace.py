@@ -107,6 +107,15 @@ class Trace:
                 self._used.add(parameter)
         return made
 
+    def undo(self, op: str) -> Buffer:
+        """Take back the last call of ``op``, which only copies may follow; returns what it would have read."""
+        while True:
+            last = self.calls.pop()
+            if self.training:
+                self._tape.pop()
+            if last.op == op:
+                return last.buffers["x"]
+
     # ------------------------------------------------------------------ backward
     def gradient_of(self, buffer: Buffer) -> Buffer:
         """The buffer of a gradient: one per parameter in the gradient arena, one per batch buffer."""

@@ -22,7 +22,9 @@ import numpy as np
 
 BACKENDS = ("cython", "numba", "numpy")  # in the order of preference of "auto"
 ALL_BACKENDS = (*BACKENDS, "cuda")  # "auto" stays on the CPU, where the caller's arrays are
-RUNTIME = ("step", "epoch", "first_row", "total_rows", "offset", "lr")
+#: The run-time block. ``step`` and ``epoch`` are positions in the random streams, ``update`` is the age of the moments,
+#: ``scale`` a factor of the gradient.
+RUNTIME = ("step", "epoch", "first_row", "total_rows", "offset", "update", "lr", "scale")
 DTYPES = {"T": None, "f8": np.float64, "i8": np.int64, "u4": np.uint32, "u1": np.bool_}
 
 
@@ -90,12 +92,18 @@ class Param:
 class Tolerance:
     """How far a float result may be from the float64 reference: eps * (ulp * |want| + norm * max|want|).
 
-    ``why`` is the argument for the numbers.
+    ``why`` is the argument for the numbers. It must stay below the largest value that it is held against: the contract
+    tests refuse a tolerance that any result would meet.
     """
 
     ulp: float = 4.0
     norm: float = 0.0
     why: str = "one rounding per operation"
+
+    @property
+    def exact(self) -> bool:
+        """Whether results are to be those of the reference bit for bit, but for the sign of a zero."""
+        return not (self.ulp or self.norm)
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,10 @@ class OpSpec:
     reference: Callable[..., None]
     params: tuple[Param, ...] = ()
     runtime: tuple[str, ...] = ()
-    #: tolerance(sizes) -> Tolerance
-    tolerance: Callable[[Mapping[str, int]], Tolerance] = field(default=lambda sizes: Tolerance())
+    #: tolerance(sizes) -> the Tolerance of all outputs, or one for each by its name
+    tolerance: Callable[[Mapping[str, int]], Tolerance | Mapping[str, Tolerance]] = field(
+        default=lambda sizes: Tolerance()
+    )
     #: parameter combinations that the contract tests run
     variants: tuple[Mapping[str, Any], ...] = ({},)
     #: names of the ops that give the gradients of this one's float inputs (checked by central differences)
@@ -164,6 +174,16 @@ class OpSpec:
             if array.name == name:
                 return array
         raise KeyError(f"op {self.name!r} has no array {name!r}; it has {[a.name for a in self.arrays]}")
+
+    def tolerances(self, sizes: Mapping[str, int]) -> dict[str, Tolerance]:
+        """The tolerance of each output, by name."""
+        names = [a.name for a in self.outputs]
+        stated = self.tolerance(sizes)
+        if isinstance(stated, Tolerance):
+            return dict.fromkeys(names, stated)
+        if set(stated) != set(names):
+            raise ValueError(f"op {self.name!r}: expected a tolerance for each of {names}, found {sorted(stated)}")
+        return dict(stated)
 
     def defaults(self) -> dict[str, Any]:
         return {p.name: p.default for p in self.params}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import fnmatch
 import pathlib
-import signal
 import sys
 import types
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,11 @@ sys.path[:0] = [str(HERE), str(HERE / "cuda")]  # the packages of helpers: `api`
 sys.path.append(str(HERE.parent))  # the package `bench`, wherever pytest starts
 pytest.register_assert_rewrite("contract.checks")
 
+import host  # noqa: E402
+
 import fastdl as fd  # noqa: E402
 from fastdl.kernels import dispatch  # noqa: E402
-from fastdl.kernels.common import blas, simd  # noqa: E402
+from fastdl.kernels.common import driver, numba_cuda, simd  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------- poisoned memory
@@ -87,34 +89,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
-# ---------------------------------------------------------------------------------------------- the host process
-_C = ctypes.CDLL(None)
-_TINY = 5e-324
-
-
-def host_state() -> dict[str, Any]:
-    """What belongs to the host, in 30 us: thread counts, environment, signals, floating-point mode, error states."""
-    numba = sys.modules.get("numba.np.ufunc.parallel")
-    return {
-        "BLAS threads": [library.get_num_threads() for library in blas._libraries()],
-        "Numba threads": numba.get_num_threads() if numba is not None and numba._is_initialized else None,
-        "environment": {k: v for k, v in os.environ._data.items() if b"PYTEST_" not in k},
-        "signal mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else None,
-        "interrupt": signal.getsignal(signal.SIGINT),
-        "rounding": _C.fegetround() if hasattr(_C, "fegetround") else None,
-        "traps": _C.fegetexcept() if hasattr(_C, "fegetexcept") else None,
-        "denormals": _TINY * (_TINY + 1.0) != 0.0,
-        "NumPy's error states": np.geterr(),
-        "NumPy's error handler": np.geterrcall(),
-    }
-
-
 @pytest.fixture(autouse=True)
 def host_left_as_found() -> Iterator[None]:
     """Every test leaves the process as it was, but for Numba's threads, which the first one starts."""
-    before = host_state()
+    before = host.state()
     yield
-    after = host_state()
+    after = host.state()
     if before["Numba threads"] is None:
         after["Numba threads"] = None
     changed = {name: (value, after[name]) for name, value in before.items() if after[name] != value}
@@ -169,6 +149,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("level", [pytest.param("none", marks=skip)], indirect=True)
 
 
+@pytest.fixture(params=["numpy", "numba", "cython", "cuda"])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Back ends by name; CUDA by the interpreter of its PTX where there is no GPU."""
+    state = fd.backends()[request.param]
+    if state == "available":
+        yield request.param
+        return
+    if request.param != "cuda" or numba_cuda.MISSING:
+        pytest.skip(f"{request.param}: {state}")
+    from gpu.device import Interpreted
+
+    before = driver.use(Interpreted())
+    yield "cuda"
+    driver.use(before)
+
+
 @pytest.fixture
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """A back end, with its SIMD level selected for the test."""
@@ -190,9 +186,15 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     simd.select(before)
 
 
-# ---------------------------------------------------------------------------------------------- the full matrix
+# ---------------------------------------------------------------------------------------------- options
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the whole contract matrix, not the slice for CI")
+    parser.addoption(
+        "--expect-skips",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="fail if tests were skipped for a reason that FILE does not list, or more often than it says",
+    )
 
 
 def _is_full(config: pytest.Config) -> bool:
@@ -207,6 +209,7 @@ def full_matrix(pytestconfig: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "best_level: the compiled back end runs at the best SIMD level alone")
+    config.pluginmanager.register(Skips(config.getoption("--expect-skips")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -217,3 +220,59 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+# ---------------------------------------------------------------------------------------------- skips
+class Skips:
+    """Counts skips by their reason, for the end of the report and for ``--expect-skips``.
+
+    A line of the file is a number and a pattern of `fnmatch`: so many tests at most may be skipped for the reasons that
+    match. A reason belongs to the first line that it matches.
+    """
+
+    def __init__(self, expected: pathlib.Path | None) -> None:
+        self.reasons: Counter[str] = Counter()
+        lines = expected.read_text().splitlines() if expected else []
+        pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))
+        self.expected = {pattern: int(most) for most, pattern in pairs} if expected else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._count(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._count(report)
+
+    def _count(self, report: Any) -> None:
+        _, _, reason = report.longrepr
+        self.reasons[reason.removeprefix("Skipped: ").partition("\n")[0]] += 1
+
+    def unexpected(self) -> list[str]:
+        """What the file does not allow."""
+        if self.expected is None:
+            return []
+        counts = dict.fromkeys(self.expected, 0)
+        wrong = []
+        for reason, count in self.reasons.items():
+            pattern = next((p for p in counts if fnmatch.fnmatchcase(reason, p)), None)
+            if pattern is None:
+                wrong.append(f"{count} skipped for a reason that is not listed: {reason}")
+            else:
+                counts[pattern] += count
+        for pattern, count in counts.items():
+            if count > self.expected[pattern]:
+                wrong.append(f"{count} skipped, at most {self.expected[pattern]} expected: {pattern}")
+        return wrong
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus == pytest.ExitCode.OK and self.unexpected():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.reasons:
+            terminalreporter.section("skips by reason")
+        for reason, count in self.reasons.most_common():
+            terminalreporter.line(f"{count:6d}  {reason}")
+        for line in self.unexpected():
+            terminalreporter.line(f"NOT EXPECTED: {line}", red=True)

@@ -61,7 +61,7 @@ class CudaExecutor(Executor):
         self._outputs: dict[Buffer, np.ndarray] = {}
         allocate = self._pool.allocate
         self.run_words = View(allocate(64), (1,), 1, np.dtype(np.uint32), "run")
-        self.sums = View(allocate(24), (3,), 1, np.dtype(np.float64), "totals")
+        self.sums = View(allocate(32), (4,), 1, np.dtype(np.float64), "totals")
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._slices: deque[Any] = deque()  # marks behind the steps of earlier calls
         self._planned = program.rows  # rows of the batch buffers that views show
@@ -191,17 +191,25 @@ class CudaExecutor(Executor):
 
     # ------------------------------------------------------------------ runs
     def _begin(self, run: Run, **more: int) -> None:
-        values = {name: getattr(run, name) for name in ("rows", "step", "epoch", "first_row", "offset", "lr")}
-        total = run.total_rows or run.rows
-        self.device.write(self.run_words.address, run_block(**values, total_rows=total, **more))
+        values = {**vars(run), "total_rows": run.total_rows or run.rows}
+        self.device.write(self.run_words.address, run_block(**values, **more))
         self.memory.mirror.push()
         if self._folds and self._folded != self.memory.version[0]:
             self._replay(0, "fold")
             self._folded = int(self.memory.version[0])
 
-    def run(self, run: Run, *phases: str) -> None:
+    def _clear(self, run: Run, loss: bool, gradients: bool) -> None:
         self._begin(run)
-        self._replay(run.rows, *(phases or PHASES))
+        if loss:
+            self.device.write(self.view(self.stats).address, np.zeros(3))
+        if gradients:
+            here = self.memory.gradients
+            self.device.write(self.memory.mirror.address(here), np.zeros_like(here))
+            self.memory.mirror.wrote()
+
+    def _run(self, run: Run, *phases: str) -> None:
+        self._begin(run)
+        self._replay(run.rows, *phases)
         if self._changes:
             self.memory.mirror.wrote()
         for buffer, array in self._outputs.items():
@@ -216,11 +224,11 @@ class CudaExecutor(Executor):
         """Around the replays of an epoch: nothing is read before its end."""
         run.rows = min(batch, count - run.offset)
         self._begin(run, batch=batch, count=count)
-        self.device.write(self.sums.address, np.zeros(3))
+        self.device.write(self.sums.address, np.zeros(4))
         try:
             yield
         finally:
-            self.totals[:] = self.device.read(self.sums.address, np.float64, 3)
+            self.totals[:] = self.device.read(self.sums.address, np.float64, 4)
             while self._slices:
                 self.device.wait(self._slices.popleft())
 
@@ -244,6 +252,7 @@ class CudaExecutor(Executor):
         if steps > whole:
             self.replay_step(count % batch)
         run.step += steps
+        run.update += steps
         run.offset = min(count, run.offset + steps * batch)
         self._slices.append(self.device.mark())
         if len(self._slices) > 1:

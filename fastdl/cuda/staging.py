@@ -109,6 +109,7 @@ class Staged:
             self.executor.replay_step(len(index))
             half.read = device.mark()
             run.step += 1
+            run.update += 1
             run.offset += len(index)
 
     def _wait_for(self, half: Half) -> None:

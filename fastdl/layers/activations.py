@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from fastdl import initializers
+from fastdl import checks, initializers
 from fastdl.initializers import Initializer
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.layers.base import CLASSES, Layer, width_of
@@ -31,7 +31,8 @@ class Elementwise(Layer):
 
     def __post_init__(self) -> None:
         if hasattr(self, "alpha"):
-            self.alpha = ACTIVATIONS[self.activation].checked_alpha(self.alpha)
+            alpha = checks.FINITE.check(self.alpha, f"{type(self).__name__} alpha")
+            self.alpha = ACTIVATIONS[self.activation].checked_alpha(alpha)
 
     def trace(self, t: Trace, x: Buffer, name: str) -> Buffer:
         params = {"alpha": self.alpha} if hasattr(self, "alpha") else {}
@@ -76,6 +77,7 @@ class GELU(Layer):
     def __post_init__(self) -> None:
         if self.approximate not in ("none", "tanh"):
             raise ValueError(f"GELU approximate: expected 'none' or 'tanh', found {self.approximate!r}")
+        self.approximate = str(self.approximate)
 
     def trace(self, t: Trace, x: Buffer, name: str) -> Buffer:
         return _trace("gelu" if self.approximate == "none" else "gelu_tanh", {}, t, x, name)
@@ -113,6 +115,6 @@ def Activation(name: str) -> Layer:
     """
     if name == "gelu_tanh":
         return GELU(approximate="tanh")
-    if name not in BY_NAME:
+    if not isinstance(name, str) or name not in BY_NAME:
         raise ValueError(f"unknown activation {name!r}, known: {', '.join([*BY_NAME, 'gelu_tanh'])}")
     return BY_NAME[name]()

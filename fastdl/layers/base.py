@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from fastdl import initializers
+from fastdl.described import Described
 from fastdl.program import Buffer
 from fastdl.trace import Trace
 
@@ -14,11 +15,11 @@ CLASSES: dict[str, type[Layer]] = {}
 
 
 @dataclasses.dataclass(eq=False)
-class Layer:
+class Layer(Described):
     """Base of all layers.
 
     A subclass is a dataclass of its settings and has a method ``trace(t, x, name) -> y`` that names parameters and
-    calls through the `Trace` ``t``.
+    calls through the `Trace` ``t``. Settings are fixed when the layer is made.
     """
 
     #: Prefix of the layer's name in a model: ``dense`` gives ``dense_0``, ``dense_1``, ...

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from fastdl import initializers
+from fastdl import checks, initializers
 from fastdl.initializers import Initializer
 from fastdl.inputs import whole_number
 from fastdl.kernels.common import philox
 from fastdl.layers.base import Layer, width_of
 from fastdl.program import Buffer
 from fastdl.trace import Trace
+
+_OLD = checks.Range("the weight of the old statistic, in [0, 1)", 0.0, 1.0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +50,8 @@ class Dense(Layer):
         self.units = whole_number(self.units, "Dense units")
         if self.activation is not None:
             Activation(self.activation)
+            self.activation = str(self.activation)
+        self.use_bias = checks.flag(self.use_bias, "Dense use_bias")
         self.kernel_initializer = initializers.get(self.kernel_initializer)
         self.bias_initializer = initializers.get(self.bias_initializer)
 
@@ -81,6 +85,10 @@ class BatchNorm(Layer):
     Training normalises with the biased batch variance and updates the running variance with the unbiased one
     (m / (m-1)); a batch of one row uses variance 0 and leaves the running statistics alone. Prediction uses the running
     statistics.
+
+    Deviations are squared and added up in the model's dtype. In float32 columns within +-1e15 are safe; from deviations
+    of 1e19 / sqrt(m) on the variance is infinite, the column becomes beta, and the running variance stays infinite.
+    Scale such columns, or compile with float64.
     """
 
     prefix: ClassVar[str] = "batchnorm"
@@ -95,10 +103,8 @@ class BatchNorm(Layer):
                 f"write decay={momentum}; for PyTorch's momentum={momentum} (weight of the new one) write "
                 f"decay={1 - momentum:g}"
             )
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"BatchNorm decay: expected a value in [0, 1), found {self.decay!r}")
-        if not self.eps > 0:
-            raise ValueError(f"BatchNorm eps: expected a positive value, found {self.eps!r}")
+        self.decay = _OLD.check(self.decay, "BatchNorm decay")
+        self.eps = checks.POSITIVE.check(self.eps, "BatchNorm eps")
 
     def trace(self, t: Trace, x: Buffer, name: str) -> Buffer:
         width = width_of(x, name)
@@ -138,8 +144,7 @@ class Dropout(Layer):
     rate: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
-            raise ValueError(f"Dropout rate: expected the probability to drop, in [0, 1), found {self.rate!r}")
+        self.rate = checks.RATE.check(self.rate, "Dropout rate")
         philox.threshold(self.rate)
 
     def trace(self, t: Trace, x: Buffer, name: str) -> Buffer:
@@ -147,5 +152,5 @@ class Dropout(Layer):
         if not t.training or self.rate == 0:
             return x
         y = t.batch(name, *x.shape)
-        t.call("dropout_forward", {"rate": float(self.rate), "seed": t.seed, "layer": layer}, x=x, y=y)
+        t.call("dropout_forward", {"rate": self.rate, "seed": t.seed, "layer": layer}, x=x, y=y)
         return y

@@ -2,12 +2,19 @@
 
 Every function takes ``out=`` where it has one main result, ``backend=`` ("auto", "cython", "numba", "numpy", "cuda")
 and ``threads=``. NumPy arrays are float32 or float64 of one dtype and never cast or copied: any row stride is taken,
-columns must be adjacent (dense products also take transposed views). ``out is x`` is allowed for element-wise ops, any
-other overlap is refused. Wrong arguments raise before anything is written.
+columns must be adjacent (dense products also take transposed views). ``out is x`` is allowed for element-wise ops; any
+other overlap of an array that is written (``out``, running statistics, parameters, moments) is refused. Wrong arguments
+raise before anything is written.
+
+A context holds the arrays of its forward call, not copies: write to x or y only after the backward call, or the
+gradient is that of what you wrote.
 
 Arrays in GPU memory (CuPy, PyTorch, Numba, JAX) are shared without a copy and run on CUDA, float32 in contiguous rows;
 results are `fastdl.cuda.arrays.DeviceArray`, which those libraries take the same way. All arrays of a call lie in one
 memory.
+
+Values too small for a normal number (below 1.2e-38 in float32) stay what they are here and on the NumPy and Numba back
+ends; a model on the compiled back end takes them as zeros.
 
 The functions of the element-wise activations (``relu_forward``, ``relu_backward``, ...) are made from the registry.
 """

@@ -20,16 +20,27 @@ def epilogue(activation: str) -> Any:
     return info
 
 
+def checked_alpha(info: Any, alpha: Any, dtype: Any) -> float:
+    """An activation's parameter as a float that the dtype holds, the default one if left out."""
+    if alpha is not None:
+        alpha = checks.FINITE.check(alpha, "alpha")
+        checks.fits(alpha, "alpha", dtype)
+    return info.checked_alpha(alpha)
+
+
 def _activation_forward(
-    name: str, x: Any, slope: Any, out: Any, params: dict[str, float], backend: str | None, threads: int | None
+    name: str, x: Any, slope: Any, alpha: Any, out: Any, backend: str | None, threads: int | None
 ) -> tuple[np.ndarray, Context]:
     info = ACTIVATIONS[name]
     x = checks.floats(x, "x")
+    params = {} if info.alpha is None else {"alpha": checked_alpha(info, alpha, x.dtype)}
     if slope is not None:
         if x.ndim != 2:
             raise ValueError(f"x: expected two dimensions where slopes belong to columns, found shape {x.shape}")
         slope = checks.vector(slope, "slope", x.shape[1], x)
-    y = checks.output(out, x.shape, x, {"x": x, "slope": slope}, alias="" if info.row_op else "x")
+    y = checks.output(out, x.shape, x)
+    if out is not None:
+        checks.apart(f"{name}_forward", {"x": x, "slope": slope, "out": y}, alias="" if info.row_op else "x")
     x2, y2 = checks.rows(x, "x"), checks.rows(y, "out")
     arrays: tuple[Any, ...] = (x2, y2) if slope is None else (x2, slope, y2)
     run(f"{name}_forward", arrays, params, backend, threads, 2 * x.nbytes)
@@ -47,8 +58,10 @@ def _activation_backward(name: str, dy: Any, ctx: Any, out: Any) -> Any:
         raise ValueError(f"{name}_backward needs the input of the forward pass, which out=x has overwritten")
     dy = checks.floats(dy, "dy", saved)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
-    alias = "" if info.row_op else "dy"
-    dx = checks.output(out, ctx.shape, saved, {"dy": dy, info.saves: saved, "slope": slope}, alias=alias)
+    dx = checks.output(out, ctx.shape, saved)
+    if out is not None:
+        given = {"dy": dy, info.saves: saved, "slope": slope, "out": dx}
+        checks.apart(f"{name}_backward", given, alias="" if info.row_op else "dy")
     views = checks.rows(dy, "dy"), checks.rows(saved, info.saves), checks.rows(dx, "out")
     if slope is None:
         run(f"{name}_backward", views, ctx.params, ctx.backend, ctx.threads, 3 * dy.nbytes)
@@ -72,7 +85,7 @@ def _make_activation(name: str) -> tuple[Any, Any]:
             backend: str | None = None,
             threads: int | None = None,
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, slope, out, {}, backend, threads)
+            return _activation_forward(name, x, slope, None, out, backend, threads)
 
     elif info.alpha is not None:
 
@@ -84,14 +97,14 @@ def _make_activation(name: str) -> tuple[Any, Any]:
             backend: str | None = None,
             threads: int | None = None,
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, None, out, {"alpha": info.checked_alpha(alpha)}, backend, threads)
+            return _activation_forward(name, x, None, alpha, out, backend, threads)
 
     else:
 
         def forward(
             x: np.ndarray, out: np.ndarray | None = None, *, backend: str | None = None, threads: int | None = None
         ) -> tuple[np.ndarray, Context]:
-            return _activation_forward(name, x, None, out, {}, backend, threads)
+            return _activation_forward(name, x, None, None, out, backend, threads)
 
     def backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None) -> Any:
         return _activation_backward(name, dy, ctx, out)

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastdl import checks
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.ops.activations import epilogue
+from fastdl.ops.activations import checked_alpha, epilogue
 from fastdl.ops.call import Context, context, run
 
 
@@ -45,9 +45,10 @@ def dense_forward(
     if b is not None:
         b = checks.vector(b, "b", w.shape[1], x)
     info = epilogue(activation)
-    params = {"activation": activation, "alpha": info.checked_alpha(alpha)}
-    y = checks.output(out, (x.shape[0], w.shape[1]), x, {"x": x, "w": w, "b": b})
-    checks.rows(y, "out")
+    params = {"activation": activation, "alpha": checked_alpha(info, alpha, x.dtype)}
+    y = checks.output(out, (x.shape[0], w.shape[1]), x)
+    if out is not None:
+        checks.apart("dense_forward", {"x": x, "w": w, "b": b, "out": checks.rows(y, "out")})
     z = checks.empty(y.shape, y) if info.saves == "x" and activation != "identity" else None
     size = x.nbytes + w.nbytes + y.nbytes
     run("dense_forward", (x, w, b, y, z), params, backend, threads, size * max(1, min(x.shape[1], 64)))

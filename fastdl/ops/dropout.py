@@ -12,7 +12,7 @@ from fastdl.ops.call import Context, context, run
 
 
 def stream(rate: float, seed: int, layer: int) -> dict[str, Any]:
-    rate = checks.share(rate)
+    rate = checks.RATE.check(rate, "rate")
     philox.threshold(rate)
     return {"rate": rate, "seed": checks.whole(seed, "seed", 64), "layer": checks.whole(layer, "layer")}
 
@@ -51,7 +51,9 @@ def dropout_forward(
     """
     x = checks.floats(x, "x")
     params, runtime = stream(rate, seed, layer), position(step, first_row)
-    y = checks.output(out, x.shape, x, {"x": x}, alias="x")
+    y = checks.output(out, x.shape, x)
+    if out is not None:
+        checks.apart("dropout_forward", {"x": x, "out": y}, alias="x")
     arrays = _feature_rows(x, "x"), _feature_rows(y, "out")
     run("dropout_forward", arrays, {**params, **runtime}, backend, threads, 2 * x.nbytes)
     return y, Context("dropout", {"x": x}, params, runtime, x.shape, backend, threads)
@@ -69,7 +71,9 @@ def dropout_backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = None
     ctx = context(ctx, "dropout")
     dy = checks.floats(dy, "dy", ctx.arrays["x"])
     checks.same_shape(dy, ctx.shape, "dy", "the output")
-    dx = checks.output(out, dy.shape, dy, {"dy": dy}, alias="dy")
+    dx = checks.output(out, dy.shape, dy)
+    if out is not None:
+        checks.apart("dropout_backward", {"dy": dy, "out": dx}, alias="dy")
     arrays = _feature_rows(dy, "dy"), _feature_rows(dx, "out")
     run("dropout_backward", arrays, {**ctx.params, **ctx.runtime}, ctx.backend, ctx.threads, 2 * dy.nbytes)
     return dx

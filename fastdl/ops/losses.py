@@ -29,12 +29,12 @@ def _loss(
             raise ValueError("targets: expected numbers, found NaN; drop or fill those rows")
     if sample_weight is not None:
         sample_weight = checks.vector(sample_weight, "sample_weight", z.shape[0], z)
-        if checks.on_host(sample_weight) and (
-            not np.isfinite(sample_weight).all() or (sample_weight < 0).any() or not (sample_weight > 0).any()
-        ):
-            raise ValueError("sample_weight: expected finite values of at least 0 with a positive sum")
-    dz = checks.output(out, z.shape, z, {"targets": targets, "sample_weight": sample_weight, "z": z})
-    checks.rows(dz, "out")
+        if checks.on_host(sample_weight):
+            checks.weights(sample_weight, "sample_weight")
+    dz = checks.output(out, z.shape, z)
+    if out is not None:
+        given = {"targets": targets, "sample_weight": sample_weight, "z": z, "out": checks.rows(dz, "out")}
+        checks.apart(op, given)
     stats = np.zeros(3)
     arguments = {"total_rows": z.shape[0]}
     run(op, (z, targets, sample_weight, stats, dz), arguments, backend, threads, 2 * z.nbytes)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastdl import checks
 from fastdl.kernels.activations.reference import ACTIVATIONS
-from fastdl.ops.activations import epilogue
+from fastdl.ops.activations import checked_alpha, epilogue
 from fastdl.ops.call import Context, context, run
 from fastdl.ops.dropout import position, stream
 
@@ -62,10 +62,8 @@ def batchnorm_forward(
     for name, value in vectors.items():
         vectors[name] = checks.vector(value, name, x.shape[1], x)
     gamma, beta, running_mean, running_var = vectors.values()
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected the weight of the old statistic, in [0, 1], found {decay!r}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive value, found {eps!r}")
+    decay, eps = checks.OLD.check(decay, "decay"), checks.POSITIVE.check(eps, "eps")
+    checks.fits(eps, "eps", x.dtype)
     if activation == "prelu":
         info = ACTIVATIONS["prelu"]
         slope = checks.vector(slope, "slope", x.shape[1], x)
@@ -73,13 +71,15 @@ def batchnorm_forward(
         raise ValueError(f"slope: belongs to activation 'prelu', found it with {activation!r}")
     else:
         info = epilogue(activation)
-    y = checks.output(out, x.shape, x, {"x": x, **vectors, "slope": slope})
-    checks.rows(y, "out")
-    params: dict[str, Any] = {"activation": activation, "alpha": info.checked_alpha(alpha)}
+    y = checks.output(out, x.shape, x)
+    op = "batchnorm_forward" if training else "batchnorm_inference"
+    given = {"x": x, **vectors, "slope": slope, "out": None if out is None else checks.rows(y, "out")}
+    checks.apart(op, given)
+    params: dict[str, Any] = {"activation": activation, "alpha": checked_alpha(info, alpha, x.dtype)}
     size = 3 * x.nbytes
     if not training:
         arrays = (x, gamma, beta, running_mean, running_var, slope, y)
-        run("batchnorm_inference", arrays, {**params, "eps": eps}, backend, threads, size)
+        run(op, arrays, {**params, "eps": eps}, backend, threads, size)
         mean, inv_std = _inverse(running_mean, running_var, eps)
         runtime = {"step": 0, "first_row": 0}
         params |= {"rate": 0.0, "seed": 0, "layer": 0, "training": 0}
@@ -90,7 +90,7 @@ def batchnorm_forward(
         runtime = position(step, first_row)
         mean, inv_std = checks.empty(x.shape[1:], x), checks.empty(x.shape[1:], x)
         arrays = (x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std)
-        run("batchnorm_forward", arrays, {**params, "decay": decay, "eps": eps, **runtime}, backend, threads, size)
+        run(op, arrays, {**params, "decay": decay, "eps": eps, **runtime}, backend, threads, size)
         params["training"] = 1
     saved = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "inv_std": inv_std, "slope": slope}
     return y, Context("batchnorm", saved, params, runtime, x.shape, backend, threads)
@@ -109,8 +109,9 @@ def batchnorm_backward(dy: np.ndarray, ctx: Context, out: np.ndarray | None = No
     x, slope = ctx.arrays["x"], ctx.arrays["slope"]
     dy = checks.matrix(dy, "dy", x)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
-    dx = checks.output(out, x.shape, x, {"dy": dy, **ctx.arrays}, name="out")
-    checks.rows(dx, "out")
+    dx = checks.output(out, x.shape, x)
+    if out is not None:
+        checks.apart("batchnorm_backward", {"dy": dy, **ctx.arrays, "out": checks.rows(dx, "out")})
     dgamma, dbeta = checks.empty(x.shape[1:], x), checks.empty(x.shape[1:], x)
     dslope = None if slope is None else checks.empty(slope.shape, slope)
     arrays = (

@@ -15,22 +15,25 @@ def _sweep(
     op: str, arrays: dict[str, Any], arguments: dict[str, Any], backend: str | None, threads: int | None
 ) -> None:
     w = checks.floats(arrays["w"], "w")
+    given: dict[str, Any] = {}
     flat: dict[str, Any] = {}
     for name, x in arrays.items():
         if x is None:
-            flat[name] = None
             continue
-        x = checks.floats(x, name, w)
+        given[name] = x = checks.floats(x, name, w)
         checks.same_shape(x, w.shape, name, "w")
         if name != "g":
             checks.writable(x, name)
-        vector = checks.flat(x, name)
-        for other, seen in flat.items():
-            if seen is not None and checks.overlap(seen, vector):
-                raise ValueError(f"{name}: overlaps {other}; hand over another array")
-        flat[name] = vector
+        flat[name] = checks.flat(x, name)
+    checks.apart(op, given)
+    for name, value in arguments.items():
+        if type(value) is float and (1e-30 < value < 1.0 or (value == 0.0 and name != "eps")):
+            continue  # what every setting may be, in a third of the time
+        if name in checks.OPTIMIZER:
+            arguments[name] = checks.OPTIMIZER[name].check(value, name)
+            checks.fits(arguments[name], name, w.dtype)
     ordered = tuple(flat.get(a.name) for a in registry.spec(op).arrays)
-    run(op, ordered, arguments, backend, threads, sum(x.nbytes for x in flat.values() if x is not None) * 2)
+    run(op, ordered, arguments, backend, threads, sum(x.nbytes for x in flat.values()) * 2)
 
 
 def sgd_step(
@@ -47,10 +50,11 @@ def sgd_step(
     threads: int | None = None,
 ) -> None:
     """One step of stochastic gradient descent, in place; ``v`` is the velocity that momentum needs."""
+    checks.flag(nesterov, "nesterov")
     if v is None and momentum:
         raise ValueError("v: momentum needs a velocity array of w's shape, found None")
     arguments = {"momentum": momentum, "nesterov": int(nesterov), "l2": l2, "weight_decay": weight_decay, "lr": lr}
-    _sweep("sgd_step", {"w": w, "g": g, "v": v}, {**arguments, "step": 0}, backend, threads)
+    _sweep("sgd_step", {"w": w, "g": g, "v": v}, arguments, backend, threads)
 
 
 def adam_step(
@@ -74,5 +78,5 @@ def adam_step(
     ``step`` counts from 0: the bias corrections use t = step + 1.
     """
     arguments = {"beta1": beta1, "beta2": beta2, "eps": eps, "l2": l2, "weight_decay": weight_decay, "lr": lr}
-    arguments["step"] = checks.whole(step, "step")
+    arguments["update"] = checks.whole(step, "step")
     _sweep("adam_step", {"w": w, "g": g, "m": m, "v": v}, arguments, backend, threads)

@@ -8,6 +8,7 @@ author.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 from collections.abc import Mapping
@@ -54,8 +55,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], descr
     dense = {name: np.require(value, requirements="C") for name, value in tensors.items()}
     data = safetensors.numpy.save(dense, {KEY: json.dumps(header, allow_nan=False, default=_plain)})
 
-    target = pathlib.Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    target, temporary = _places(path)
     try:
         # "x": the usual permissions of a new file, which tempfile would narrow to the owner
         with open(temporary, "xb") as file:
@@ -75,6 +75,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written to a model file as JSON")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the OSError that `write` would meet, before a training of hours: a file is made beside, and removed."""
+    _, temporary = _places(path)
+    try:
+        with open(temporary, "xb"):
+            pass
+        temporary.unlink()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def _places(path: str | os.PathLike[str]) -> tuple[pathlib.Path, pathlib.Path]:
+    """The file that a path means, and one beside it to write first."""
+    name, target = os.fspath(path), pathlib.Path(os.path.realpath(path))
+    if not name or target.is_dir() or name.endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, "a file name is needed, this is a folder", name)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", name)
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "no regular file; it would be replaced", name)
+    return target, target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -15,14 +15,34 @@ from fastdl.errors import BackendUnavailable
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.engine import panels
 from fastdl.kernels.engine.panels import Panels
-from fastdl.program import Buffer, Call, Program
+from fastdl.program import PHASES, Buffer, Call, Program
 from fastdl.run.arena import aligned
 from fastdl.run.storage import Memory, dtype_of, panel_rows, plan_arena, stored_size
 
 
 @dataclass
 class Run:
-    """The run-time block: what changes from step to step."""
+    """The run-time block: what changes from step to step.
+
+    Parameters
+    ----------
+    rows : int
+        Of this run's batch. None of them: see `Executor.run`.
+    step, epoch : int
+        Positions in the random streams.
+    first_row : int
+        Place of row 0 in the step's full batch.
+    total_rows : int
+        Rows of the step's full batch; 0 means that this run has all of them.
+    offset : int
+        Place of row 0 in the epoch's order.
+    update : int
+        Updates that the optimiser's moments have seen.
+    lr : float
+    scale : float
+        Factor of the gradient in the update: sum(w l) becomes a mean by ``total_rows / sum(w)`` where a step's rows
+        were shared out.
+    """
 
     rows: int
     step: int = 0
@@ -31,7 +51,9 @@ class Run:
     first_row: int = 0
     total_rows: int = 0
     offset: int = 0
+    update: int = 0
     lr: float = 0.0
+    scale: float = 1.0
 
 
 class Executor(ABC):
@@ -57,7 +79,7 @@ class Executor(ABC):
         self._cells: dict[Buffer, np.ndarray] = {}
         self._slots: dict[Buffer, np.ndarray | None] = {}
         self.stats = next((c.buffers["stats"] for c in program.calls if c.buffers.get("stats")), None)
-        self.totals = np.zeros(3)
+        self.totals = np.zeros(4)  # of an epoch: loss * mass, mass (rows or weights), correct, rows
         self.impls = [self._choose(call) for call in program.calls]
 
     def _storage(self, size: int) -> Any:
@@ -134,9 +156,30 @@ class Executor(ABC):
         """
         return None
 
-    @abstractmethod
     def run(self, run: Run, *phases: str) -> None:
-        """Run the calls of some phases once, all of them if none is named."""
+        """Run the calls of some phases once, all of them if none is named.
+
+        A run of no rows is a share that a small batch has left nothing for. It leaves what sums over no rows are, a
+        loss and gradients of zero, and touches nothing else; the phase ``update`` is done as after any run.
+        """
+        phases = phases or PHASES
+        if run.rows:
+            self._run(run, *phases)
+            return
+        of_rows = {call.phase for call in self.program.calls} & {*phases} - {"update"}
+        self._clear(run, loss="loss" in of_rows, gradients="backward" in of_rows)
+        if "update" in phases:
+            self._run(run, "update")
+
+    def _clear(self, run: Run, loss: bool, gradients: bool) -> None:
+        if loss:
+            self.stored(self.stats)[:] = 0
+        if gradients:
+            self.memory.gradients[:] = 0
+
+    @abstractmethod
+    def _run(self, run: Run, *phases: str) -> None:
+        """`run` for at least one row, or the update alone."""
 
     #: How many times the steps of a slice the next one may have, where a call can come back before its work is done.
     growth = math.inf
@@ -149,4 +192,12 @@ class Executor(ABC):
 
     @abstractmethod
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
-        """Run ``steps`` batches from row ``run.offset`` of the epoch on; ``totals`` adds up loss, rows, correct."""
+        """Run ``steps`` batches from row ``run.offset`` of the epoch on, and add them to ``totals``."""
+
+    def add_up(self, run: Run) -> None:
+        """Add the loss of a run, just done, to ``totals``."""
+        loss, mass, correct = self.stored(self.stats)
+        if mass:  # a batch of zero weights has no mean
+            over = mass if run.total_rows in (0, run.rows) else run.total_rows  # kernels/losses/README.md: Reduction
+            self.totals[:2] += loss * over, mass
+        self.totals[2:] += correct, run.rows

@@ -20,6 +20,9 @@ class NativeExecutor(Executor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._native: Any = None
+        self._slots_used = {b for b in self.program.buffers if b.kind == "slot"}
+        self._empty = set(self._slots_used)  # those without an array
+        self._needed: dict[tuple[str, ...], dict[Buffer, tuple[str, str]]] = {}
 
     def _bind(self) -> Any:
         from fastdl.kernels.engine._cython import NativeProgram
@@ -51,6 +54,9 @@ class NativeExecutor(Executor):
             base = self.arena.ctypes.data
             return base + self.ranges[buffer][0], base + self.ranges[buffer][1]
         stored = self.stored(buffer)
+        if stored is None:  # an array of the caller's, yet to come: below all addresses, above shared scratch
+            at = -2 - self.program.buffers.index(buffer)
+            return at, at + 1
         data = stored.data if isinstance(stored, Panels) else stored
         start = data.ctypes.data
         return start, start + max(1, data.nbytes)
@@ -76,7 +82,11 @@ class NativeExecutor(Executor):
 
     def slot(self, buffer: Buffer, array: np.ndarray | None) -> None:
         super().slot(buffer, array)
-        if self._native is not None and array is not None:
+        if array is None:
+            self._empty.add(buffer)
+            return
+        self._empty.discard(buffer)
+        if self._native is not None:
             self._native.rebind(self._places.get(buffer, []), array)
 
     def single(self, x: Buffer, targets: Buffer) -> Any:
@@ -104,16 +114,33 @@ class NativeExecutor(Executor):
             found = self._spans[phases] = (heads[first], heads[last - 1] + 1) if last > first else (0, 0)
         return found
 
-    def run(self, run: Run, *phases: str) -> None:
+    def _check_slots(self, phases: tuple[str, ...]) -> None:
+        """The calls of some phases find the caller's arrays: without one they would read where none is."""
+        needed = self._needed.get(phases)
+        if needed is None:
+            calls = [call for call in self.program.calls if call.phase in phases]
+            needed = {b: (call.op, name) for call in calls for name, b in call.buffers.items() if b in self._slots_used}
+            self._needed[phases] = needed
+        for buffer, (op, name) in needed.items():
+            if buffer in self._empty:
+                raise ValueError(f"{op}: no array is bound for {name}; bind one with slot() before the run")
+
+    def _run(self, run: Run, *phases: str) -> None:
+        if self._empty:
+            self._check_slots(phases)
         native = self.native
-        first, last = self._heads(phases or PHASES)
-        native.run(first, last, run.rows, run.step, run.epoch, run.first_row, run.total_rows, run.lr, run.offset)
+        first, last = self._heads(phases)
+        native.run(first, last, **vars(run))
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
+        if self._empty:
+            self._check_slots(PHASES)
         native = self.native
         first, last = self._heads(PHASES)
         try:  # a signal is raised as soon as the engine returns: the steps are done all the same
-            native.steps(first, last, count, batch, run.offset, steps, run.step, run.epoch, run.lr)
+            where = run.step, run.epoch, run.offset, run.update
+            native.steps(first, last, count, batch, steps, *where, run.lr, run.scale)
         finally:
             run.step += steps
+            run.update += steps
             run.offset = min(count, run.offset + steps * batch)

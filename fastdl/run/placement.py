@@ -58,6 +58,16 @@ class Bound:
                 self.executor.slot(buffer, None)
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """Training steps over a data set. A training inside a callback may use the same Program for other data: whoever
+    starts an epoch binds his own again."""
+
+    executor: Any
+    bind: Callable[[], None]
+    let_go: Callable[[], None]
+
+
 def threads_of(program: Program, asked: int | str, backend: str) -> tuple[int, str]:
     """Threads for a Program and the reason."""
     if program.name == "predict" and program.rows == 1:
@@ -109,21 +119,18 @@ class Placement:
         make = self.builder.train
         return self._get(("train", feed, rows), lambda: make(rows, feed, s.loss, s.optimizer, self.layout, s.fuse))
 
-    def epochs(self, X: Any, targets: Any, weight: Any, batch: int, shuffle: bool) -> tuple[Any, Bound]:
-        """An executor of training steps over a data set, and the slots that hold it.
-
-        The data set goes through pinned buffers where a GPU has no room for it.
-        """
+    def data_set(self, X: Any, targets: Any, weight: Any, batch: int, shuffle: bool) -> DataSet:
+        """Training steps over a data set; through pinned buffers where a GPU has no room for it."""
         count, labels, weighted = X.shape[0], targets.ndim == 1, weight is not None
         if self.backend == "cuda":
             from fastdl.cuda.staging import Staged, fits
 
             if not fits(self.memory.mirror.device, X, targets, weight):
                 bound = self.train(batch, Feed(weighted=weighted, labels=labels))
-                return Staged(bound, X, targets, weight, batch, shuffle, self.builder.seed), bound
+                staged = Staged(bound, X, targets, weight, batch, shuffle, self.builder.seed)
+                return DataSet(staged, lambda: None, bound.let_go)  # it binds each batch
         bound = self.train(batch, Feed(count, shuffle, weighted, labels))
-        bound.feed(X, targets, weight)
-        return bound.executor, bound
+        return DataSet(bound.executor, lambda: bound.feed(X, targets, weight), bound.let_go)
 
     def keep_quick(self, bound: Bound) -> None:
         """Remember the quick way into a training step, where it has one."""
@@ -191,25 +198,30 @@ class Placement:
         bound = self._predictions.get(key)
         return None if bound is None or bound.direct is None else bound.direct(X)
 
+    def evaluation(self, rows: int, feed: Feed) -> Bound:
+        """Forward and loss."""
+        s, make = self.settings, self.builder.evaluate
+        rows = self._capacity("evaluate", feed, rows)
+        return self._get(("evaluate", feed, rows), lambda: make(rows, feed, s.loss, self.layout, s.fuse))
+
     def evaluate(self, X: Any, targets: Any, weight: Any) -> tuple[float, float, float]:
         """Sum of loss * mass, sum of mass, correct predictions, over a data set in order."""
-        s, feed = self.settings, Feed(weighted=weight is not None, labels=targets.ndim == 1)
         most = min(self.most_rows, X.shape[0])
-        rows = self._capacity("evaluate", feed, most)
-        make = self.builder.evaluate
-        bound = self._get(("evaluate", feed, rows), lambda: make(rows, feed, s.loss, self.layout, s.fuse))
-        total, executor = np.zeros(3), bound.executor
+        bound = self.evaluation(most, Feed(weighted=weight is not None, labels=targets.ndim == 1))
+        executor = bound.executor
+        executor.totals[:] = 0
         try:
             for start in range(0, X.shape[0], most):
                 part = slice(start, start + most)
                 x = X[part]
                 bound.feed(x, targets[part], None if weight is None else weight[part])
-                executor.run(Run(rows=x.shape[0], total_rows=x.shape[0]))
-                loss, mass, correct = executor.stored(executor.stats)
-                total += (loss * mass if mass else 0.0, mass, correct)  # zero weights have no mean
+                run = Run(rows=x.shape[0])
+                executor.run(run)
+                executor.add_up(run)
         finally:
             bound.let_go()
-        return float(total[0]), float(total[1]), float(total[2])
+        loss, mass, correct, _ = executor.totals
+        return float(loss), float(mass), float(correct)
 
     # ------------------------------------------------------------------ Programs
     def training_program(self) -> Program | None:

@@ -77,11 +77,11 @@ class PythonExecutor(Executor):
         with limit_blas(self.blas_threads), np.errstate(under="ignore"):
             yield
 
-    def run(self, run: Run, *phases: str) -> None:
+    def _run(self, run: Run, *phases: str) -> None:
         if not run.total_rows:
             run.total_rows = run.rows
         with self._own_state():
-            self._go(*self.span(*(phases or PHASES)), run)
+            self._go(*self.span(*phases), run)
 
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         first, last = self.span(*PHASES)
@@ -89,7 +89,7 @@ class PythonExecutor(Executor):
             for _ in range(steps):
                 run.rows = run.total_rows = min(batch, count - run.offset)
                 self._go(first, last, run)
-                stats = self.stored(self.stats)
-                self.totals += (stats[0] * run.rows, run.rows, stats[2])
+                self.add_up(run)
                 run.offset += run.rows
                 run.step += 1
+                run.update += 1

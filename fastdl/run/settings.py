@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdl import config, losses, optimizers
+from fastdl import checks, config, losses, optimizers
 from fastdl.errors import BackendUnavailable
 from fastdl.kernels import dispatch
 from fastdl.losses import Loss
@@ -62,8 +62,10 @@ class Settings:
             raise BackendUnavailable(f"back end {backend!r} is not available: {state}")
         if why := cannot_run(dtype, backend):
             raise BackendUnavailable(f"dtype {dtype!r} cannot run here: {why}; use 'float32'")
-        chosen = None if loss is None else losses.get(loss)
-        return cls(backend, threads, dtype, bool(fuse), chosen, optimizers.get(optimizer), note)
+        chosen, rule = None if loss is None else losses.get(loss), optimizers.get(optimizer)
+        settings = cls(backend, threads, dtype, bool(fuse), chosen, rule, note)
+        checks.settings_fit(rule, np.dtype(settings.float))
+        return settings
 
 
 def cannot_run(dtype: str, backend: str) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from fastdl.callbacks import Callback
-from fastdl.run.executor import Executor, Run
+from fastdl.run.executor import Run
 from fastdl.run.lock import NetLock
+from fastdl.run.placement import DataSet
 from fastdl.run.state import TrainState
 
 #: Seconds that one engine call may take: Ctrl-C, the progress bar and other Python threads wait for so long.
@@ -38,12 +40,11 @@ class Progress:
 
 
 class Trainer:
-    """Trains a net's executor; the net hands over its state and its lock.
+    """Runs the steps of a data set; the net hands over its state and its lock.
 
     Parameters
     ----------
-    executor : Executor
-        Training steps over a data set.
+    data : DataSet
     state : TrainState
     lock : NetLock
         Held during a slice of steps, free between two slices and while callbacks run.
@@ -54,9 +55,9 @@ class Trainer:
     """
 
     def __init__(
-        self, executor: Executor, state: TrainState, lock: NetLock, count: int, batch: int, metric: str | None
+        self, data: DataSet, state: TrainState, lock: NetLock, count: int, batch: int, metric: str | None
     ) -> None:
-        self.executor, self.state, self.lock = executor, state, lock
+        self.data, self.executor, self.state, self.lock = data, data.executor, state, lock
         self.count, self.batch, self.metric = count, batch, metric
 
     def run(
@@ -106,14 +107,14 @@ class Trainer:
         with self.lock:
             run = Run(rows=0, step=state.step, update=state.update, epoch=state.epoch, lr=state.lr)
             state.rows = 0
+            self.data.bind()
             with executor.epoch(run, self.count, self.batch):
                 for _ in self._slices(run):
                     self.lock.give_way()
-            t = executor.totals
-            state.totals[:] = (*t, t[1]) if len(t) == 3 else t  # TEMP
+            state.totals[:] = executor.totals
             state.offset = 0
             loss, mass, correct, rows = state.totals
-        logs = {"loss": float(loss / mass)}
+        logs = {"loss": float(loss / mass) if mass else math.nan}
         if self.metric is not None:
             logs[self.metric] = float(correct / rows)
         return logs

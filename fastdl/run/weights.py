@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdl import convert
 from fastdl.run.arena import Arena
 from fastdl.run.storage import Memory
 
@@ -72,18 +73,10 @@ class Weights(MutableMapping[str, np.ndarray]):
 
     def _checked(self, name: str, value: Any) -> tuple[Arena, str, np.ndarray]:
         arena, _ = self._place(name)
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name}: expected an array without a mask, found a masked one; fill it in with .filled()")
-        value, shape = np.asarray(value), arena.layout.shapes[name]
-        if value.dtype.kind not in "fiu":
-            raise TypeError(f"{name}: expected numbers, found dtype {value.dtype}")
+        value, shape = convert.as_numbers(value, name), arena.layout.shapes[name]
         if value.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {value.shape}")
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = value.astype(arena.dtype)
-        if cast.dtype.itemsize < value.dtype.itemsize and (beyond := np.isinf(cast) & np.isfinite(value)).any():
-            raise ValueError(f"{name}: expected values within {arena.dtype}, found {value[beyond][0]}")
-        return arena, name, cast
+        return arena, name, convert.cast(value, arena.dtype, name)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("tensors of a model cannot be deleted")

@@ -65,8 +65,16 @@ def select(int level):
     row_ops = fd_row_ops_at(level)
 
 
-def table():
-    """Capsule "fastdl.activations": address of the pointer to the running level's ``fd_activation_table``."""
+def table(size_t entry):
+    """Capsule "fastdl.activations": address of the pointer to the running level's ``fd_activation_table``.
+
+    ``entry`` is the caller's sizeof(fd_activation): it reads entries where its own table.h has them.
+    """
+    if entry != sizeof(fd_activation):
+        raise ImportError(
+            "the activations were built against another activations/table.h than their user; rebuild everything: "
+            "pip install -e ."
+        )
     return PyCapsule_New(<void*>&activations, "fastdl.activations", NULL)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,7 @@ def activation(
     kinks: tuple[float, ...] = (),
     tolerance: Tolerance = EXACT,
     tolerance_backward: Tolerance | None = None,
-    slope_tolerance: Callable[[Any], Tolerance] | None = None,
+    slope_tolerance: Callable[[Any], Mapping[str, Tolerance]] | None = None,
     flops: tuple[int, int] = (1, 1),
 ) -> Callable[[type], type]:
     """Declare an activation: an entry of ``ACTIVATIONS`` and the specs of its two ops.
@@ -102,6 +102,8 @@ def activation(
     kinks : points without a derivative
     tolerance, tolerance_backward : Tolerance
         With their argument; backward has forward's unless given.
+    slope_tolerance : callable, optional
+        The tolerances of dx and dslope, from the sizes.
     flops : operations an element, forward and backward
     """
 

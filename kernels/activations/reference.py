@@ -104,9 +104,10 @@ class LeakyReLU:
     formula="y = x for x > 0, else slope x", derivative="(1 for x > 0, else slope); dslope = sum of dy min(x, 0)",
     source="He, Zhang, Ren & Sun 2015", saves="x", per_channel=True,
     special=((-INF, -INF), (INF, INF), (NAN, NAN), (-0.0, 0.0), (TINY, TINY)), kinks=(0.0,), tolerance=SLOPED,
-    slope_tolerance=lambda sizes: Tolerance(
-        ulp=4.0, norm=2.0 + 2.0 * float(np.sqrt(max(1, sizes["N"]))), why="dslope sums N rounded products"
-    ), flops=(1, 4),
+    slope_tolerance=lambda sizes: {
+        "dx": Tolerance(ulp=4.0, why="the slope's factor and one product are rounded"),
+        "dslope": Tolerance(ulp=4.0, norm=2.0 + 2.0 * float(np.sqrt(sizes["N"])), why="a sum of N rounded products"),
+    }, flops=(1, 4),
 )  # fmt: skip
 class PReLU:
     @staticmethod

@@ -2,8 +2,8 @@
 
 A block is some columns of all rows and belongs to one thread, so results do not depend on the thread count. Inside
 Programs a block is a panel, which stays in L1/L2 from the statistics to the last store; it may be the tail of a dense
-product. Eager calls on plain rows take blocks of up to 512 columns: 32-column strips of 8 KB rows touch a page per 128
-bytes and took 1.5 (forward) and 1.7 times (backward) as long at (4096, 2048).
+product. Eager calls on plain rows take blocks of up to 2048 columns (FD_BATCHNORM_WIDTH): 32-column strips of 8 KB rows
+touch a page per 128 bytes and took 1.5 (forward) and 1.7 times (backward) as long at (4096, 2048).
 """
 from libc.string cimport memset, strcmp
 
@@ -79,12 +79,17 @@ cdef int64_t most_columns(int64_t activation) noexcept nogil:
     return FD_BATCHNORM_TILED
 
 
-cdef int64_t block_width(const fd_call* c, int matrix, int other, int third, int64_t most, int threads) noexcept nogil:
-    """Columns of a block. They do not enter any result, so they may depend on the number of threads."""
+cdef int64_t block_width(const fd_call* c, int arrays, int64_t most, int threads) noexcept nogil:
+    """Columns of a block: a panel where one of the first so many arrays has panels.
+
+    They do not enter any result, so they may depend on the number of threads.
+    """
     cdef int64_t share
-    if not (fd_is_plain(&c.a[matrix]) and fd_is_plain(&c.a[other]) and fd_is_plain(&c.a[third])):
-        return FD_PANEL
-    share = (c.a[matrix].cols + threads - 1) // threads
+    cdef int k
+    for k in range(arrays):
+        if c.a[k].data != NULL and not fd_is_plain(&c.a[k]):
+            return FD_PANEL
+    share = (c.a[0].cols + threads - 1) // threads
     return min(most, (share + FD_PANEL - 1) // FD_PANEL * FD_PANEL)
 
 
@@ -188,7 +193,7 @@ cdef void inference_block(const fd_call* c, const fd_run* run, const fd_worker* 
 cdef void fold_block(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t first, int64_t cols) noexcept nogil:
     cdef fd_batchnorm_block k
     memset(&k, 0, sizeof(k))
-    k.rows, k.cols = c.a[0].rows, cols
+    k.rows, k.cols = c.a[0].max_rows, cols
     k.x, k.x_stride = columns(&c.a[0], first), c.a[0].row_stride
     k.bias = columns(&c.a[1], first)
     k.gamma, k.beta = columns(&c.a[2], first), columns(&c.a[3], first)
@@ -239,16 +244,16 @@ cdef void each_block(const fd_call* c, const fd_run* run, const fd_worker* w, bl
 
 
 cdef void forward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, forward_block, block_width(c, 0, 6, 6, most_columns(c.i[0]), w.threads))
+    each_block(c, run, w, forward_block, block_width(c, 9, most_columns(c.i[0]), w.threads))
 
 cdef void inference(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, inference_block, block_width(c, 0, 6, 6, most_columns(c.i[0]), w.threads))
+    each_block(c, run, w, inference_block, block_width(c, 7, most_columns(c.i[0]), w.threads))
 
 cdef void fold(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, fold_block, block_width(c, 0, 6, 6, FD_BATCHNORM_WIDTH, w.threads))
+    each_block(c, run, w, fold_block, block_width(c, 8, FD_BATCHNORM_WIDTH, w.threads))
 
 cdef void backward(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
-    each_block(c, run, w, backward_block, block_width(c, 0, 1, 8, most_columns(c.i[0]), w.threads))
+    each_block(c, run, w, backward_block, block_width(c, 12, most_columns(c.i[0]), w.threads))
 
 cdef void forward_panel(const fd_call* c, const fd_run* run, const fd_worker* w, int64_t panel) noexcept nogil:
     forward_block(c, run, w, panel * FD_PANEL, fd_panel_cols(c.a[0].cols, panel))
@@ -289,5 +294,5 @@ def select(int level):
     from fastdl.kernels.activations import _cython as act
 
     act.select(level)  # this family may be loaded without the dispatcher having met that one
-    activations = <const fd_activation_table* const*>PyCapsule_GetPointer(act.table(), "fastdl.activations")
+    activations = <const fd_activation_table* const*>PyCapsule_GetPointer(act.table(sizeof(fd_activation)), "fastdl.activations")
     native = fd_batchnorm_at(level)

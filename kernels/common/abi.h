@@ -8,11 +8,21 @@
  * which covers both layouts with one formula:
  *     plain rows     row_stride = leading dimension,  panel_stride = 32 * col_stride
  *     column panels  row_stride = 32,                 panel_stride = 32 * maximum rows   (width padded to 32, pad = 0)
- * A vector of C values is rows = 1, cols = C; a missing optional array has data = NULL.
+ * A vector of C values is one row, cols = C; a missing optional array has data = NULL.
+ *
+ * What a kernel may count on, and what it must keep to:
+ * - run: every thread of the team calls it once, with its own worker; it may call fd_barrier if all threads do so equally
+ *   often. It takes the rows of a batch from fd_run: an array's max_rows is what there is room for.
+ * - panel: some threads call it, each for other panels and all at once, so it never calls fd_barrier, writes its panel's
+ *   columns alone, and finds no shared scratch. Its private scratch begins behind that of its head (fd_call.behind).
+ * - scratch: bytes(call, rows) is asked once with the most rows of a Program. What lies there before a call is undefined.
+ * - shared: as scratch, for the team. Whoever has some is met before and after: no other call works in it meanwhile.
+ * - No allocation, no Python, no exception, no write outside the outputs' rows in use; padding of panels is left zero.
  */
 #ifndef FASTDL_ABI_H
 #define FASTDL_ABI_H
 #include <stdint.h>
+#include <stdio.h>
 
 #define FD_PANEL 32
 #define FD_MAX_ARRAYS 14
@@ -20,7 +30,7 @@
 
 typedef struct {
   char* data;
-  int64_t rows, cols;
+  int64_t max_rows, cols;
   int64_t row_stride, col_stride, panel_stride;
   int64_t itemsize;
 } fd_array;
@@ -31,8 +41,10 @@ typedef struct {
   int64_t first_row;   /* global row of row 0 in the step's full batch (dropout counters) */
   int64_t total_rows;  /* rows of the step's full batch (the loss is a mean over these) */
   int64_t offset;      /* position of row 0 in the epoch's permutation */
-  uint32_t step, epoch; /* both from 0 */
+  uint32_t step, epoch; /* positions in the random streams, both from 0 */
+  uint32_t update;      /* updates that the optimiser's moments have seen: bias corrections use update + 1 */
   double lr;
+  double scale;         /* factor of the gradient in the update (1.0 changes no bit) */
 } fd_run;
 
 typedef struct fd_team fd_team; /* team.h */
@@ -58,7 +70,7 @@ typedef struct {
   int64_t (*shared)(const fd_call*, int64_t rows);    /* shared bytes the team needs; NULL: none */
   const void* data;                                   /* the kernel's own constant, e.g. a table row */
 } fd_kernel_info;
-#define FD_KERNEL_CAPSULE "fastdl.kernel"
+#define FD_KERNEL_CAPSULE fd_kernel_capsule()
 
 struct fd_call {
   const fd_kernel_info* info;
@@ -69,6 +81,17 @@ struct fd_call {
   int barrier;                /* the team meets after this call */
   int64_t behind;             /* a tail's scratch begins so many bytes behind its head's, whose packed blocks must stay */
 };
+
+/* Raised by hand when a field gets another meaning and no size changes. */
+#define FD_ABI_VERSION 1
+/* The capsule's name carries the layout: a module that was built against another one is refused (common/simd.py). */
+static inline const char* fd_kernel_capsule(void) {
+  static char name[64];
+  if (!name[0])
+    snprintf(name, sizeof name, "fastdl.kernel %d/%d/%d/%d", FD_ABI_VERSION, (int)sizeof(fd_call), (int)sizeof(fd_run),
+             (int)sizeof(fd_kernel_info));
+  return name;
+}
 
 /* Thread t of n takes a contiguous share [a, b) of `count` blocks; shares never change a sum. */
 static inline void fd_share(int64_t count, int thread, int threads, int64_t* a, int64_t* b) {

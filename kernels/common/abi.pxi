@@ -1,21 +1,21 @@
 # The declarations of abi.h and team.h for Cython; included by every family's _cython.pyx.
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "abi.h" nogil:
     int FD_PANEL
     int FD_MAX_ARRAYS
     int FD_MAX_SCALARS
-    const char* FD_KERNEL_CAPSULE
+    const char* FD_KERNEL_CAPSULE  # a call: the same address each time
 
     ctypedef struct fd_array:
         char* data
-        int64_t rows, cols, row_stride, col_stride, panel_stride, itemsize
+        int64_t max_rows, cols, row_stride, col_stride, panel_stride, itemsize
 
     ctypedef struct fd_run:
         int64_t rows, first_row, total_rows, offset
-        uint32_t step, epoch
-        double lr
+        uint32_t step, epoch, update
+        double lr, scale
 
     ctypedef struct fd_team
 

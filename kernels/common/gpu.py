@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from fastdl.kernels.registry import RUNTIME
+
 #: 32-bit words of the run-time block, which every kernel reads from device memory: nothing that changes from step to
-#: step is an argument, so that a captured graph can be replayed. ``lr`` is the bits of a float32. An epoch's ``batch``
-#: and ``count`` (rows of the data set) let the device go on to the next step by itself.
-RUN_WORDS = ("rows", "step", "epoch", "first_row", "total_rows", "offset", "lr", "batch", "count")
-ROWS, STEP, EPOCH, FIRST_ROW, TOTAL_ROWS, OFFSET, LR, BATCH, COUNT = range(len(RUN_WORDS))
+#: step is an argument, so that a captured graph can be replayed. ``lr`` and ``scale`` are the bits of a float32. An
+#: epoch's ``batch`` and ``count`` (rows of the data set) let the device go on to the next step by itself.
+RUN_WORDS = (*RUNTIME, "rows", "batch", "count")
+STEP, EPOCH, FIRST_ROW, TOTAL_ROWS, OFFSET, UPDATE, LR, SCALE, ROWS, BATCH, COUNT = range(len(RUN_WORDS))
 
 
 def run_block(**values: float) -> np.ndarray:
-    """The words of a run-time block, zero where nothing is said."""
+    """The words of a run-time block; where nothing is said a scale of 1, else zero."""
     words = np.zeros(len(RUN_WORDS), np.uint32)
-    for name, value in values.items():
-        bits = np.float32(value).view(np.uint32) if name == "lr" else np.uint32(int(value) & 0xFFFFFFFF)
+    for name, value in {"scale": 1.0, **values}.items():
+        floats = name in ("lr", "scale")
+        bits = np.float32(value).view(np.uint32) if floats else np.uint32(int(value) & 0xFFFFFFFF)
         words[RUN_WORDS.index(name)] = bits
     return words
 

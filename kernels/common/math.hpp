@@ -230,18 +230,21 @@ template <float function(float)> __attribute__((noinline, cold)) vec<float> far_
     if (!(__builtin_fabsf(x[i]) <= trig_limit)) y[i] = function(x[i]);
   return y;
 }
+// A builtin is no template argument for clang.
+static inline float libm_sin_(float x) { return __builtin_sinf(x); }
+static inline float libm_cos_(float x) { return __builtin_cosf(x); }
 // sin(x) and cos(x), 2 ulp
 FD_INLINE vec<float> sin_(vec<float> x) {
   ivec<float> n;
   const vec<float> r = reduce_half_pi_(x, n), v = sin_or_cos_(r, (n & 1) != 0);
   const vec<float> y = x == 0.0f ? x : from_bits_(bits_(v) ^ (n << 30 & (int32_t)0x80000000));  // -0
-  return far_(x) ? far_lanes_<__builtin_sinf>(x, y) : y;
+  return far_(x) ? far_lanes_<libm_sin_>(x, y) : y;
 }
 FD_INLINE vec<float> cos_(vec<float> x) {
   ivec<float> n;
   const vec<float> r = reduce_half_pi_(x, n), v = sin_or_cos_(r, (n & 1) == 0);
   const vec<float> y = from_bits_(bits_(v) ^ ((n + 1) << 30 & (int32_t)0x80000000));
-  return far_(x) ? far_lanes_<__builtin_cosf>(x, y) : y;
+  return far_(x) ? far_lanes_<libm_cos_>(x, y) : y;
 }
 
 #define FD_LIBM(name, function)                                                   \

@@ -44,7 +44,21 @@ def select(name: str) -> None:
 
 
 def attach(module: Any) -> None:
-    """Tell a newly imported family which level to use, now and after every `select`."""
+    """Tell a newly imported family which level to use, now and after every `select`.
+
+    Raises
+    ------
+    ImportError
+        The family was built against another ABI than the engine: its calls would be read at other places.
+    """
+    from fastdl.kernels.engine import _cython as engine
+
+    if not all(engine.fits(capsule) for native in module.kernels().values() for capsule in native.values()):
+        raise ImportError(
+            f"{module.__name__} was built against another abi.h than {engine.__name__}; rebuild everything: "
+            "pip install -e ."
+        )
     level()
     module.select(_level)
-    _modules.append(module)
+    if module not in _modules:
+        _modules.append(module)

@@ -174,7 +174,7 @@ cdef Product forward_of(const fd_call* c, int64_t rows, bint in_half) noexcept n
     p.half = in_half
     p.a, p.b, p.bias, p.out, p.z, p.sums = &c.a[0], &c.a[1], &c.a[2], &c.a[3], &c.a[4], NULL
     p.ta, p.tb = False, False
-    p.m, p.k, p.n = rows, c.a[1].rows, c.a[1].cols
+    p.m, p.k, p.n = rows, c.a[1].max_rows, c.a[1].cols
     p.activation, p.alpha = c.i[0], c.f[0]
     return p
 
@@ -184,7 +184,7 @@ cdef Product backward_input_of(const fd_call* c, int64_t rows, bint in_half) noe
     p.half = in_half
     p.a, p.b, p.bias, p.out, p.z, p.sums = &c.a[0], &c.a[1], NULL, &c.a[2], NULL, NULL
     p.ta, p.tb = False, True
-    p.m, p.k, p.n = rows, c.a[1].cols, c.a[1].rows
+    p.m, p.k, p.n = rows, c.a[1].cols, c.a[1].max_rows
     p.activation, p.alpha = IDENTITY, 0
     return p
 
@@ -194,7 +194,7 @@ cdef Product backward_weights_of(const fd_call* c, int64_t rows, bint in_half) n
     p.half = in_half
     p.a, p.b, p.bias, p.out, p.z, p.sums = &c.a[0], &c.a[1], NULL, &c.a[2], NULL, &c.a[3]
     p.ta, p.tb = True, False
-    p.m, p.k, p.n = c.a[2].rows, rows, c.a[2].cols
+    p.m, p.k, p.n = c.a[2].max_rows, rows, c.a[2].cols
     p.activation, p.alpha = IDENTITY, 0
     return p
 
@@ -312,6 +312,6 @@ def select(int level) -> None:
     from fastdl.kernels.activations import _cython as act
 
     table, running_level = fd_dense_at(level), level
-    activations = <const fd_activation_table* const*>PyCapsule_GetPointer(act.table(), "fastdl.activations")
+    activations = <const fd_activation_table* const*>PyCapsule_GetPointer(act.table(sizeof(fd_activation)), "fastdl.activations")
     RELU = act.index("relu")
 

@@ -58,7 +58,7 @@ FD_TABLES(fd_dense_table, fd_dense)
 #if defined(__x86_64__)
 extern const fd_dense_pairs fd_dense_avx512_bf16, fd_dense_amx;
 #endif
-/* By the names of fd_bfloat16 in cpu.h; NULL where this build has none. */
+/* By the units of level.h; NULL where this build has none. Whether this CPU has one: fd_has_bfloat16 in cpu.h. */
 static inline const fd_dense_pairs* fd_dense_bfloat16(int unit) {
 #if defined(__x86_64__) && defined(__linux__)
   if (unit == FD_AMX) return &fd_dense_amx;

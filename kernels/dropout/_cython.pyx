@@ -98,8 +98,3 @@ def select(int level):
     """Run at a SIMD level from now on."""
     global native
     native = fd_dropout_at(level)
-
-
-def table():
-    """The address of the running level's table, for families that drop in passing."""
-    return PyCapsule_New(&native, "fastdl.dropout", NULL)

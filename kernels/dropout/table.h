@@ -1,4 +1,5 @@
-/* Dropout for other families: batch norm drops on the panel that it has just normalised. */
+/* The block function of dropout, and the threshold of a rate, which batch norm takes too: it draws its mask itself
+ * (common/philox.hpp) on the panel that it has just normalised. */
 #ifndef FASTDL_DROPOUT_TABLE_H
 #define FASTDL_DROPOUT_TABLE_H
 #include <stdint.h>

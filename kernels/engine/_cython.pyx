@@ -52,15 +52,15 @@ cdef int fill_array(fd_array* to, object array) except -1:
         to.data = <char*>view.buf
         to.itemsize = view.itemsize
         if is_panels:
-            to.rows, to.cols = array.rows, array.cols
+            to.max_rows, to.cols = array.rows, array.cols
             to.row_stride, to.col_stride, to.panel_stride = 32, 1, view.shape[1] * 32
             return 0
         if view.ndim == 2:
-            to.rows, to.cols = view.shape[0], view.shape[1]
+            to.max_rows, to.cols = view.shape[0], view.shape[1]
             to.row_stride = view.strides[0] // view.itemsize
             to.col_stride = view.strides[1] // view.itemsize
         elif view.ndim <= 1:
-            to.rows, to.cols = 1, view.shape[0] if view.ndim else 1
+            to.max_rows, to.cols = 1, view.shape[0] if view.ndim else 1
             to.row_stride = to.cols
             to.col_stride = view.strides[0] // view.itemsize if view.ndim else 1
         else:
@@ -86,6 +86,11 @@ cdef int fill_call(fd_call* call, object capsule, object arrays, object ints, ob
     for k in range(len(floats)):
         call.f[k] = floats[k]
     return 0
+
+
+def fits(capsule) -> bool:
+    """Whether a kernel was built against the ABI that this module was built against."""
+    return PyCapsule_IsValid(capsule, FD_KERNEL_CAPSULE)
 
 
 def uses_shared(capsule) -> bool:
@@ -126,7 +131,7 @@ cdef class Workspace:
         return 0
 
 
-cdef list _idle = []  # workspaces of eager calls; taken and put back under the GIL
+cdef list _idle = []  # workspaces of eager calls
 
 
 cdef int64_t scratch_bytes(const fd_call* call, int64_t rows) noexcept:
@@ -153,8 +158,19 @@ cdef void run_eager(void* context, const fd_worker* worker) noexcept nogil:
     e.call.info.run(e.call, &e.run, worker)
 
 
+cdef fd_run run_block(int64_t rows, uint32_t step, uint32_t epoch, int64_t first_row, int64_t total_rows,
+                      int64_t offset, uint32_t update, double lr, double scale) noexcept:
+    cdef fd_run run
+    run.rows, run.first_row, run.offset = rows, first_row, offset
+    run.total_rows = total_rows if total_rows else rows
+    run.step, run.epoch, run.update = step, epoch, update
+    run.lr, run.scale = lr, scale
+    return run
+
+
 def invoke(capsule, tuple arrays, tuple ints, tuple floats, int64_t rows, int threads=1, uint32_t step=0,
-           uint32_t epoch=0, int64_t first_row=0, int64_t total_rows=0, int64_t offset=0, double lr=0.0):
+           uint32_t epoch=0, int64_t first_row=0, int64_t total_rows=0, int64_t offset=0, uint32_t update=0,
+           double lr=0.0, double scale=1.0):
     """Run one kernel once. The arguments have been checked above (`fastdl.ops`)."""
     cdef fd_call call
     cdef Eager eager
@@ -162,12 +178,13 @@ def invoke(capsule, tuple arrays, tuple ints, tuple floats, int64_t rows, int th
     cdef Workspace space
     fill_call(&call, capsule, arrays, ints, floats)
     eager.call = &call
-    eager.run.rows, eager.run.first_row, eager.run.offset = rows, first_row, offset
-    eager.run.total_rows = total_rows if total_rows else rows
-    eager.run.step, eager.run.epoch, eager.run.lr = step, epoch, lr
+    eager.run = run_block(rows, step, epoch, first_row, total_rows, offset, update, lr, scale)
     threads = max(1, min(threads, FD_MAX_THREADS))
     needs(&call, rows, &private_bytes, &shared_bytes)
-    space = <Workspace>_idle.pop() if _idle else Workspace()
+    try:
+        space = <Workspace>_idle.pop()  # one step: without the GIL another thread may take the last one
+    except IndexError:
+        space = Workspace()
     try:
         space.reserve(private_bytes, shared_bytes, threads)
         with nogil:
@@ -184,8 +201,8 @@ cdef struct Steps:
     int64_t count      # rows of the data set; 0: every step has run.rows rows
     int64_t batch
     int64_t steps
-    const double* stats   # written by the loss call: mean loss, weight, correct
-    double* totals        # loss * rows, rows, correct: added up over the steps
+    const double* stats   # written by the loss call: loss, rows or sum of weights, correct
+    double* totals        # loss * mass, mass, correct, rows: added up over the steps
 
 
 cdef void run_steps(void* context, const fd_worker* worker) noexcept nogil:
@@ -205,12 +222,15 @@ cdef void run_steps(void* context, const fd_worker* worker) noexcept nogil:
             if call.barrier:
                 fd_barrier(worker)
         if worker.thread == 0 and s.totals != NULL:
-            s.totals[0] += s.stats[0] * run.rows
-            s.totals[1] += run.rows
+            if s.stats[1] != 0.0:  # a batch of zero weights has no mean
+                s.totals[0] += s.stats[0] * s.stats[1]
+                s.totals[1] += s.stats[1]
             s.totals[2] += s.stats[2]
+            s.totals[3] += run.rows
         if s.count:
             run.offset += run.rows
             run.step += 1
+            run.update += 1
     fd_restore_denormals(mode)
 
 
@@ -225,7 +245,7 @@ cdef class NativeProgram:
     rows : int
         Maximum rows of a batch (scratch is sized for it).
     threads : int
-    stats, totals : float64 arrays of 3 values, or None
+    stats, totals : float64 arrays of 3 and 4 values, or None
     version : int64 array of one value
         Counts the changes of the model's parameters.
     folds : int
@@ -294,167 +314,31 @@ cdef class NativeProgram:
             fill_array(&self.memory[call].a[position], array)
 
     def run(self, int first, int last, int64_t rows, uint32_t step=0, uint32_t epoch=0, int64_t first_row=0,
-            int64_t total_rows=0, double lr=0.0, int64_t offset=0):
+            int64_t total_rows=0, int64_t offset=0, uint32_t update=0, double lr=0.0, double scale=1.0):
         """Run the heads [first, last) once."""
-        self._go(first, last, rows, step, epoch, first_row, total_rows if total_rows else rows, lr, offset, 0, 0, 1, False)
+        self._go(first, last, run_block(rows, step, epoch, first_row, total_rows, offset, update, lr, scale), 0, 0, 1)
 
-    def steps(self, int first, int last, int64_t count, int64_t batch, int64_t offset, int64_t steps, uint32_t step,
-              uint32_t epoch, double lr):
+    def steps(self, int first, int last, int64_t count, int64_t batch, int64_t steps, uint32_t step, uint32_t epoch,
+              int64_t offset, uint32_t update, double lr, double scale):
         """Run ``steps`` batches of a data set of ``count`` rows, from row ``offset`` of the epoch on."""
-        self._go(first, last, 0, step, epoch, 0, 0, lr, offset, count, batch, steps, True)
+        self._go(first, last, run_block(0, step, epoch, 0, 0, offset, update, lr, scale), count, batch, steps)
 
-    cdef int _go(self, int first, int last, int64_t rows, uint32_t step, uint32_t epoch, int64_t first_row,
-                 int64_t total_rows, double lr, int64_t offset, int64_t count, int64_t batch, int64_t steps,
-                 bint add_up) except -1:
+    cdef int _go(self, int first, int last, fd_run run, int64_t count, int64_t batch, int64_t steps) except -1:
+        """One run (count 0), or steps over a data set, whose losses are added up."""
         cdef Steps s
         if self.changes:
             self.version_at[0] += 1
         if 0 < self.folds <= first and self.folded != self.version_at[0]:
-            self._go(0, self.folds, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, False)
+            self._go(0, self.folds, run_block(0, 0, 0, 0, 0, 0, 0, 0.0, 1.0), 0, 0, 1)
             self.folded = self.version_at[0]
         s.calls, s.first, s.last = self.heads, first, last
-        s.run.rows, s.run.first_row, s.run.total_rows, s.run.offset = rows, first_row, total_rows, offset
-        s.run.step, s.run.epoch, s.run.lr = step, epoch, lr
-        s.count, s.batch, s.steps = count, batch, steps
+        s.run, s.count, s.batch, s.steps = run, count, batch, steps
         s.stats = self.stats_at
-        s.totals = self.totals_at if add_up and self.stats_at != NULL else NULL
+        s.totals = self.totals_at if count and self.stats_at != NULL else NULL
         with nogil:
             fd_parallel(run_steps, &s, self.threads, self.space.memory, self.space.private_bytes, self.space.shared,
                         self.space.team)
         return 0
 
 
-# ---------------------------------------------------------------------------------------------- one batch, quickly
-cdef class SingleStep:
-    """Training steps on batches that need no conversion: check, bind and run in one call from Python.
-
-    A step of a small net takes 5 us; the same checks in Python would take 8 more.
-
-    Parameters
-    ----------
-    program : NativeProgram
-        All of its calls are a step; its loss is ``stats[0]``.
-    x, targets : list of (call, position)
-        Where the batch comes in.
-    width : int
-        Features of a row.
-    rows : int
-        Most rows of a batch.
-    double : bool
-        Rows are float64, otherwise float32.
-    classes : int
-        Targets are int64 labels below this.
-    """
-    cdef NativeProgram program
-    cdef list x_places, target_places
-    cdef int64_t width, rows, classes
-    cdef char kind
-    cdef object held
-
-    def __cinit__(self, NativeProgram program, list x, list targets, int64_t width, int64_t rows, bint double,
-                  int64_t classes):
-        self.program, self.x_places, self.target_places = program, x, targets
-        self.width, self.rows, self.classes = width, rows, classes
-        self.kind = c"d" if double else c"f"
-
-    def run(self, x, targets, uint32_t step, uint32_t epoch, double lr):
-        """The batch's loss; None where a batch is not of the plain kind and nothing has been done."""
-        cdef int64_t rows = self.rows_of(x)
-        cdef NativeProgram program = self.program
-        if rows < 1 or not self.are_labels(targets, rows):
-            return None
-        program.rebind(self.x_places, x)
-        program.rebind(self.target_places, targets)
-        self.held = x, targets  # the calls point into them
-        program._go(0, program.count, rows, step, epoch, 0, rows, lr, 0, 0, 0, 1, False)
-        return program.stats_at[0]
-
-    cdef int64_t rows_of(self, array) except -2:
-        """Rows of a C-contiguous matrix of the step's type and width, else -1."""
-        cdef Py_buffer view
-        cdef int64_t rows = -1
-        if type(array) is not ndarray:
-            return -1
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
-        if (view.ndim == 2 and view.format[0] == self.kind and view.format[1] == 0 and view.shape[1] == self.width
-                and view.shape[0] <= self.rows and view.strides[1] == view.itemsize
-                and view.strides[0] == self.width * view.itemsize):
-            rows = view.shape[0]
-        PyBuffer_Release(&view)
-        return rows
-
-    cdef bint are_labels(self, array, int64_t rows) except -1:
-        cdef Py_buffer view
-        cdef int64_t k
-        cdef const int64_t* label
-        cdef bint good = False
-        if type(array) is not ndarray:
-            return False
-        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
-        if (view.ndim == 1 and view.format[0] == c"l" and view.format[1] == 0 and view.itemsize == 8
-                and view.shape[0] == rows and view.strides[0] == 8):
-            label, good = <const int64_t*>view.buf, True
-            for k in range(rows):
-                good &= <uint64_t>label[k] < <uint64_t>self.classes
-        PyBuffer_Release(&view)
-        return good
-
-
-# ---------------------------------------------------------------------------------------------- prediction
-cdef class Prediction:
-    """From one array to a new one through a Program, in one call: 0.3 us beside the kernels, NumPy's array included.
-
-    The Program's slots for the two have been bound to contiguous matrices before; here only their addresses change.
-
-    Parameters
-    ----------
-    native : NativeProgram
-    x_places, y_places : list of (call, position)
-        Where the Program reads the input and writes the output.
-    first, last : int
-        Heads to run.
-    rows, width, out_width : int
-        Maximum rows, columns of the input and of the output.
-    dtype : dtype
-    """
-    cdef NativeProgram native
-    cdef list x_places, y_places
-    cdef int first, last
-    cdef Py_ssize_t rows, width, out_width
-    cdef object dtype
-
-    def __init__(self, NativeProgram native, list x_places, list y_places, int first, int last, Py_ssize_t rows,
-                 Py_ssize_t width, Py_ssize_t out_width, dtype):
-        self.native, self.x_places, self.y_places, self.first, self.last = native, x_places, y_places, first, last
-        self.rows, self.width, self.out_width, self.dtype = rows, width, out_width, dtype
-
-    cdef int point(self, list places, char* data) except -1:
-        cdef int call, position
-        for call, position in places:
-            self.native.memory[call].a[position].data = data
-        return 0
-
-    def __call__(self, x):
-        """The output (rows, out_width), or None for anything but a contiguous matrix that fits."""
-        cdef Py_buffer view, made
-        cdef bint fits
-        cdef Py_ssize_t rows
-        if type(x) is not ndarray or x.dtype is not self.dtype:
-            return None
-        PyObject_GetBuffer(x, &view, PyBUF_STRIDES)
-        try:
-            fits = view.ndim == 2 and view.shape[1] == self.width and 0 < view.shape[0] <= self.rows
-            fits = fits and view.strides[1] == view.itemsize
-            fits = fits and (view.shape[0] == 1 or view.strides[0] == self.width * view.itemsize)
-            if not fits:
-                return None
-            rows = view.shape[0]
-            y = empty((rows, self.out_width), self.dtype)
-            PyObject_GetBuffer(y, &made, PyBUF_STRIDES)
-            PyBuffer_Release(&made)  # y lives on
-            self.point(self.x_places, <char*>view.buf)
-            self.point(self.y_places, <char*>made.buf)
-            self.native._go(self.first, self.last, rows, 0, 0, 0, rows, 0, 0, 0, 0, 1, False)
-        finally:
-            PyBuffer_Release(&view)
-        return y
+include "quick.pxi"

@@ -20,6 +20,7 @@ from fastdl.kernels.common.gpu import (
     ROWS,
     STEP,
     TOTAL_ROWS,
+    UPDATE,
     Kernel,
     Launch,
     Planner,
@@ -75,12 +76,15 @@ def row_range(index, run):
 
 @kernel("u4* run, f8* stats, f8* totals", doubles="sums of an epoch, one addition a step")
 def next_step(run, stats, totals):
-    """One thread: add the step's loss, rows and right rows to the epoch's, and go on to the next batch."""
-    rows = gpu.rows_of(run)
-    totals[0] += stats[0] * rows
-    totals[1] += rows
+    """One thread: add the step's loss to the epoch's totals (`Executor.totals`), and go on to the next batch."""
+    rows, mass = gpu.rows_of(run), stats[1]
+    if mass != 0:  # a batch of zero weights has no mean
+        totals[0] += stats[0] * mass
+        totals[1] += mass
     totals[2] += stats[2]
+    totals[3] += rows
     run[STEP] = gpu.u4(run[STEP] + gpu.u4(1))
+    run[UPDATE] = gpu.u4(run[UPDATE] + gpu.u4(1))
     offset = gpu.u4(run[OFFSET] + gpu.u4(rows))
     left = gpu.u4(run[COUNT] - offset)
     run[OFFSET] = offset

@@ -56,16 +56,12 @@ cdef inline void loss(const fd_call* c, const fd_run* run, const fd_worker* w, i
     cdef int wide = z.itemsize == 8
     cdef fd_loss_block block
     cdef fd_loss_sum total
-    cdef double count, scale = 0.0
+    cdef double count = rows, over, scale
     cdef int64_t a, b, k, row
     if weight.data != NULL:
         count = table.sum[wide](weight.data, rows)  # by every thread: cheaper than meeting for it
-        if count != 0.0:
-            scale = 1.0 / count
-    else:
-        count = rows
-        if rows:
-            scale = 1.0 / (run.total_rows if run.total_rows else rows)
+    over = count if run.total_rows == 0 or run.total_rows == rows else <double> run.total_rows
+    scale = 1.0 / over if over != 0.0 else 0.0
     block.cols = z.cols
     block.scale = scale / columns
     block.labels = NULL

@@ -227,12 +227,11 @@ def _run(
     """Run the blocks and add their sums. columns: of the mean; gain: of the gradient; ordered: rows need a maximum."""
     z = inputs[0]
     T, rows = z.dtype.type, len(z)
+    count = float(rows if weight is None else weight.sum(dtype=np.float64))
+    over = count if total_rows in (0, rows) else total_rows
+    scale = 1.0 / over if over else 0.0
     if weight is None:
-        count, scale = float(rows), 1.0 / (total_rows or rows) if rows else 0.0
         weight = np.empty(0, T)
-    else:
-        count = float(weight.sum(dtype=np.float64))
-        scale = 1.0 / count if count else 0.0
     if dz is None:
         dz = np.empty((0, 0), T)
     shared = threads > 1 and rows > ROWS  # one block cannot be shared

@@ -233,13 +233,11 @@ def loss_kernel(name: str, row: Callable[..., Any], targets: str, registers: int
     def loss(z, z_row, targets, t_row, weight, stats, dz, dz_row, run, cols, weighted, wanted, wide, partial, counter):
         room, shared = cuda.shared.array(THREADS, np.float64), cuda.shared.array(MEETING, gpu.f4)
         places, rows = cuda.shared.array(WARPS, gpu.i4), gpu.rows_of(run)
-        mass, over = f8(rows), gpu.i4(run[TOTAL_ROWS])
+        mass, total_rows = f8(rows), gpu.i4(run[TOTAL_ROWS])
         if weighted != 0:
             mass = _sum_of_weights(room, weight, rows)
-            scale = f8(1) / mass if mass != 0 else f8(0)
-        else:
-            over = over if over > 0 else rows
-            scale = f8(1) / f8(over) if over > 0 else f8(0)
+        over = mass if total_rows == 0 or total_rows == rows else f8(total_rows)
+        scale = f8(1) / over if over != 0 else f8(0)
         total, right = f8(0), f8(0)
         base = gpu.i4(cuda.blockIdx.y * cuda.blockDim.y)
         while base < rows:  # all threads of a block alike: behind the last row they have no columns

@@ -7,8 +7,9 @@
 * binary cross-entropy on logits: l = mean_c [max(z, 0) - z t + log(1 + exp(-|z|))], dz = (sigmoid(z) - t) / C.
 * mean squared error: l = mean_c (z - t)^2, dz = 2 (z - t) / C.
 
-Reduction: the mean over ``total_rows`` rows (the step's full batch; 0 means this call's rows), or with weights
-sum(w l) / sum(w); weights that sum to zero give loss and gradient 0. ``stats`` (3) = [loss, rows or sum of weights,
+Reduction: the mean over the rows, or with weights sum(w l) / sum(w); weights that sum to zero give loss and gradient 0.
+Where the rows are a share of a step of ``total_rows`` (0 means this call's rows), sum(w l) / total_rows, so that shares
+add up. ``stats`` (3) = [loss, rows or sum of weights,
 rows that are predicted right]; a row is right when its first largest logit is the label's (of the largest target's),
 for ``binary_cross_entropy`` when every column has (z > 0) == (t > 0.5), never when its loss is NaN.
 
@@ -27,12 +28,10 @@ from ..registry import Array, OpSpec, Tolerance, register_op
 
 def _scales(weight: np.ndarray | None, rows: int, total_rows: int) -> tuple[float, float, np.ndarray | float]:
     """(stats[1], factor of the summed loss, factor of each row's gradient)."""
-    if weight is None:
-        scale = 1.0 / (total_rows or rows) if rows else 0.0
-        return float(rows), scale, scale
-    total = float(weight.sum(dtype=np.float64))
-    scale = 1.0 / total if total else 0.0
-    return total, scale, weight[:, None] * weight.dtype.type(scale)
+    total = float(rows if weight is None else weight.sum(dtype=np.float64))
+    over = total if total_rows in (0, rows) else total_rows
+    scale = 1.0 / over if over else 0.0
+    return total, scale, scale if weight is None else weight[:, None] * weight.dtype.type(scale)
 
 
 def _write_stats(

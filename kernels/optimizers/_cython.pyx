@@ -42,8 +42,9 @@ cdef inline char* at(const fd_array* a, int64_t start) noexcept nogil:
     return a.data + start * a.itemsize if a.data != NULL else NULL
 
 
-cdef inline double factor(const fd_array* scale) noexcept nogil:
-    return (<double*> scale.data)[0] if scale.data != NULL else 1.0
+cdef inline double factor(const fd_array* clip, const fd_run* run) noexcept nogil:
+    """Of the gradient: clipping, and the run's own."""
+    return run.scale * (<double*> clip.data)[0] if clip.data != NULL else run.scale
 
 
 cdef void sgd_step(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
@@ -54,7 +55,7 @@ cdef void sgd_step(const fd_call* c, const fd_run* run, const fd_worker* w) noex
     s.l2 = c.f[1]
     s.rate = run.lr * c.f[3]
     s.keep = 1.0 - s.rate * c.f[2]
-    s.scale = factor(&c.a[3])
+    s.scale = factor(&c.a[3], run)
     share(w, c.a[0].cols, &start, &count)
     if count > 0:
         table.sgd[c.a[0].itemsize == 8](at(&c.a[0], start), at(&c.a[1], start), at(&c.a[2], start), count, &s)
@@ -62,7 +63,7 @@ cdef void sgd_step(const fd_call* c, const fd_run* run, const fd_worker* w) noex
 
 cdef void adam_step(const fd_call* c, const fd_run* run, const fd_worker* w) noexcept nogil:
     cdef fd_adam s  # f: beta1, beta2, eps, l2, weight_decay, lr_factor
-    cdef double t = run.step + 1.0, lr = run.lr * c.f[5]
+    cdef double t = run.update + 1.0, lr = run.lr * c.f[5]
     cdef int64_t start, count
     s.beta1 = c.f[0]
     s.gain1 = 1.0 - s.beta1
@@ -73,7 +74,7 @@ cdef void adam_step(const fd_call* c, const fd_run* run, const fd_worker* w) noe
     s.keep = 1.0 - lr * c.f[4]
     s.root = 1.0 / sqrt(1.0 - pow(s.beta2, t))
     s.rate = lr / (1.0 - pow(s.beta1, t))
-    s.scale = factor(&c.a[4])
+    s.scale = factor(&c.a[4], run)
     share(w, c.a[0].cols, &start, &count)
     if count > 0:
         table.adam[c.a[0].itemsize == 8](
@@ -95,7 +96,7 @@ cdef void squared_norm(const fd_call* c, const fd_run* run, const fd_worker* w) 
     if w.thread == 0:
         for k in range(blocks):
             total += partial[k]
-        (<double*> c.a[1].data)[0] += total
+        (<double*> c.a[1].data)[0] += total * (run.scale * run.scale)
 
 
 cdef int64_t norm_shared(const fd_call* c, int64_t rows) noexcept nogil:

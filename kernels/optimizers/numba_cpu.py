@@ -92,8 +92,8 @@ def _squares_parallel(g, partial):
         partial[k] = _squares(g[k * BLOCK : (k + 1) * BLOCK])
 
 
-def _factor(scale: np.ndarray | None) -> float:
-    return 1.0 if scale is None else float(scale[0])
+def _factor(clip: np.ndarray | None, scale: float) -> float:
+    return scale if clip is None else scale * float(clip[0])
 
 
 def _shared(size: int, threads: int) -> bool:
@@ -105,21 +105,21 @@ def sgd_step(
     w: np.ndarray,
     g: np.ndarray,
     v: np.ndarray | None,
-    scale: np.ndarray | None,
+    clip: np.ndarray | None,
     momentum: float = 0.0,
     nesterov: int = 0,
     l2: float = 0.0,
     weight_decay: float = 0.0,
     lr_factor: float = 1.0,
-    step: int = 0,
     lr: float = 0.01,
+    scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Stochastic gradient descent with momentum, one sweep, in place."""
     if momentum and v is None:
         raise ValueError(f"sgd_step: momentum {momentum} needs the velocity array v, found None; pass zeros at step 0")
     T, rate = w.dtype.type, lr * lr_factor
-    before = T(_factor(scale)), T(l2), T(1.0 - rate * weight_decay)
+    before = T(_factor(clip, scale)), T(l2), T(1.0 - rate * weight_decay)
     if v is None:
         if _shared(w.size, threads):
             _plain_sgd_parallel(w, g, *before, T(rate), threads=threads)
@@ -136,20 +136,21 @@ def adam_step(
     g: np.ndarray,
     m: np.ndarray,
     v: np.ndarray,
-    scale: np.ndarray | None,
+    clip: np.ndarray | None,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     l2: float = 0.0,
     weight_decay: float = 0.0,
     lr_factor: float = 1.0,
-    step: int = 0,
+    update: int = 0,
     lr: float = 1e-3,
+    scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Adam (AdamW with ``weight_decay``), one sweep, in place."""
-    T, rate, t = w.dtype.type, lr * lr_factor, step + 1
-    factors = (_factor(scale), l2, 1.0 - rate * weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+    T, rate, t = w.dtype.type, lr * lr_factor, update + 1
+    factors = (_factor(clip, scale), l2, 1.0 - rate * weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
     factors = (*factors, 1.0 / math.sqrt(1.0 - beta2**t), rate / (1.0 - beta1**t), eps)
     typed = tuple(T(factor) for factor in factors)
     if _shared(w.size, threads):
@@ -158,11 +159,11 @@ def adam_step(
         _adam(w, g, m, v, *typed)
 
 
-def squared_norm(g: np.ndarray, total: np.ndarray, threads: int = 1) -> None:
-    """Add the sum of squares of g to total[0], in float64."""
+def squared_norm(g: np.ndarray, total: np.ndarray, scale: float = 1.0, threads: int = 1) -> None:
+    """Add the sum of squares of scale g to total[0], in float64."""
     partial = np.empty((g.size + BLOCK - 1) // BLOCK)
     _squares_parallel(g, partial, threads=threads if _shared(g.size, threads) else 1)
-    total[0] += partial.sum()
+    total[0] += partial.sum() * (scale * scale)
 
 
 def clip_scale(total: np.ndarray, scale: np.ndarray, max_norm: float = 1.0, threads: int = 1) -> None:

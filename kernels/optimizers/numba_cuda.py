@@ -1,10 +1,10 @@
 """Optimisers on CUDA: one launch over both groups of parameters, 28 bytes a parameter for Adam and nothing else.
 
 Formulas and papers: reference.py. Where products read bfloat16, the sweep keeps a rounded copy of the parameters (2
-bytes more). A thread takes eight parameters. The first group has weight decay, the second none;
-blocks of the second follow those of the first in the grid. Step and learning rate come from the run-time block, so a
-captured step stays right: 1 - beta^t is -expm1(t log beta), which float32 gets to 1e-7 for every t, where a product of
-t factors would not. 1 - beta comes from the host for the same reason: 1 - float32(0.999) is off by 1e-5.
+bytes more). A thread takes eight parameters. The first group has weight decay, the second none; blocks of the second
+follow those of the first in the grid. Update count, learning rate and the gradient's scale come from the run-time
+block, so a captured step stays right: 1 - beta^t is -expm1(t log beta), which float32 gets to 1e-7 for every t, where a
+product of t factors would not. 1 - beta comes from the host for the same reason: 1 - float32(0.999) is off by 1e-5.
 
 The squared norm adds a thread's squares in float32, threads and blocks in float64, in a fixed tree.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastdl.kernels.common import numba_cuda as gpu
-from fastdl.kernels.common.gpu import LR, STEP, THREADS, Launch, Planner, View, float_type, kernel
+from fastdl.kernels.common.gpu import LR, SCALE, THREADS, UPDATE, Launch, Planner, View, float_type, kernel
 from fastdl.kernels.common.numba_math import expm1
 from fastdl.kernels.common.sums_cuda import arrives_last, sum_of_block
 from fastdl.kernels.registry import Impl, register
@@ -75,13 +75,15 @@ def _rate(run, lr_factor):
 
 @gpu.point
 def _kept_share(run, log_beta):
-    """1 - beta^t with t = step + 1."""
-    return -expm1((gpu.f4(run[STEP]) + gpu.f4(1)) * log_beta)
+    """1 - beta^t with t = update + 1."""
+    return -expm1((gpu.f4(run[UPDATE]) + gpu.f4(1)) * log_beta)
 
 
 @gpu.point
-def _clip(scale, clipped):
-    return gpu.f4(scale[0]) if clipped != 0 else gpu.f4(1)
+def _scale(run, clip, clipped):
+    """Factor of the gradient: clipping, and the run's own."""
+    scale = gpu.float_of(run[SCALE])
+    return scale * gpu.f4(clip[0]) if clipped != 0 else scale
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -101,21 +103,21 @@ def _adam(w, g, m, v, rounded, i, n, scale, l2, keep, betas, factors, copied, wi
 
 
 @kernel(
-    "u4* run, f8* scale, i4 clipped, f4 lr_factor, f4 beta1, f4 gain1, f4 log1, f4 beta2, f4 gain2, f4 log2, f4 eps, "
+    "u4* run, f8* clip, i4 clipped, f4 lr_factor, f4 beta1, f4 gain1, f4 log1, f4 beta2, f4 gain2, f4 log2, f4 eps, "
     "i4 first_blocks, i4 copied, i4 wide, T* w, T* g, T* m, T* v, u2* rounded, i8 n, f4 l2, f4 decay, "
     "T* w2, T* g2, T* m2, T* v2, u2* rounded2, i8 n2, f4 l2_2, f4 decay2",
     doubles="reads the factor of clipping",
     registers=96,
 )
 def adam_step(
-    run, scale, clipped, lr_factor, beta1, gain1, log1, beta2, gain2, log2, eps, first_blocks,
+    run, clip, clipped, lr_factor, beta1, gain1, log1, beta2, gain2, log2, eps, first_blocks,
     copied, wide, w, g, m, v, rounded, n, l2, decay, w2, g2, m2, v2, rounded2, n2, l2_2, decay2,
 ):  # fmt: skip
     one = gpu.f4(1)
     lr = _rate(run, lr_factor)
     factors = (lr / _kept_share(run, log1), one / gpu.f4(math.sqrt(_kept_share(run, log2))), eps)
     betas = beta1, gain1, beta2, gain2
-    factor, block = _clip(scale, clipped), gpu.i8(cuda.blockIdx.x)
+    factor, block = _scale(run, clip, clipped), gpu.i8(cuda.blockIdx.x)
     if block < first_blocks:
         i = gpu.i8(8) * gpu.column()
         if i < n:
@@ -143,20 +145,20 @@ def _sgd(w, g, v, rounded, i, n, scale, l2, keep, factors, moving, copied, wide)
 
 
 @kernel(
-    "u4* run, f8* scale, i4 clipped, f4 lr_factor, f4 momentum, i4 nesterov, i4 moving, i4 first_blocks, i4 copied, "
+    "u4* run, f8* clip, i4 clipped, f4 lr_factor, f4 momentum, i4 nesterov, i4 moving, i4 first_blocks, i4 copied, "
     "i4 wide, T* w, T* g, T* v, u2* rounded, i8 n, f4 l2, f4 decay, "
     "T* w2, T* g2, T* v2, u2* rounded2, i8 n2, f4 l2_2, f4 decay2",
     doubles="reads the factor of clipping",
     registers=96,
 )
 def sgd_step(
-    run, scale, clipped, lr_factor, momentum, nesterov, moving, first_blocks, copied, wide,
+    run, clip, clipped, lr_factor, momentum, nesterov, moving, first_blocks, copied, wide,
     w, g, v, rounded, n, l2, decay, w2, g2, v2, rounded2, n2, l2_2, decay2,
 ):  # fmt: skip
     one = gpu.f4(1)
     lr = _rate(run, lr_factor)
     factors = (lr, momentum, gpu.f4(nesterov))
-    factor, block = _clip(scale, clipped), gpu.i8(cuda.blockIdx.x)
+    factor, block = _scale(run, clip, clipped), gpu.i8(cuda.blockIdx.x)
     if block < first_blocks:
         i = gpu.i8(8) * gpu.column()
         if i < n:
@@ -182,8 +184,8 @@ def round_launch(w: View, rounded: View) -> Launch:
 
 
 # ---------------------------------------------------------------------------------------------- global norm
-@kernel("T* g, i8 n, f8* partial, u4* counter, f8* total, i4 wide", doubles="sums of threads and of blocks")
-def squared_norm(g, n, partial, counter, total, wide):
+@kernel("u4* run, T* g, i8 n, f8* partial, u4* counter, f8* total, i4 wide", doubles="sums of threads and of blocks")
+def squared_norm(run, g, n, partial, counter, total, wide):
     i, step = gpu.i8(8) * gpu.column(), gpu.i8(8) * gpu.i8(cuda.gridDim.x) * THREADS
     s = gpu.f4(0)
     while i < n:
@@ -201,7 +203,8 @@ def squared_norm(g, n, partial, counter, total, wide):
             k += THREADS
         whole = sum_of_block(room, whole)
         if at == 0:
-            total[0] += whole
+            scale = np.float64(gpu.float_of(run[SCALE]))
+            total[0] += whole * (scale * scale)
 
 
 @kernel("f8* total, f8* scale, f8 max_norm", doubles="two numbers a step")
@@ -224,12 +227,12 @@ def update_launch(groups: Sequence[Group], planner: Planner) -> Launch:
     """One sweep over one or two groups of (arrays, params) of an optimiser that differ in their decay alone."""
     (arrays, params, copy), second = groups[0], groups[1] if len(groups) > 1 else None
     adam = "beta1" in params
-    scale = arrays[-1]
+    clip = arrays[-1]
     spans = [part for group in (groups[0], second) for part in _span(group, len(arrays))]
     flags = int(copy is not None), _is_wide([g for g in (groups[0], second) if g])
     first = _blocks(arrays[0])
     grid = max(1, first + (0 if second is None else _blocks(second[0][0]))), 1
-    common = (planner.run, scale, int(scale is not None), params["lr_factor"])
+    common = (planner.run, clip, int(clip is not None), params["lr_factor"])
     if adam:
         rates = [(b, 1.0 - b, math.log(b) if b else -math.inf) for b in (params["beta1"], params["beta2"])]
         found = (*common, *rates[0], *rates[1], params["eps"], first, *flags, *spans)
@@ -255,7 +258,7 @@ def launch_norm(arrays: Sequence[View | None], params: Mapping[str, Any], planne
     g, total = arrays
     blocks = max(1, min(NORM_BLOCKS, _blocks(g)))
     partial, counter = planner.scratch(blocks, dtype="f8"), planner.scratch(1, dtype="u4")
-    arguments = (g, g.rows, partial, counter, total, int(g.address % 16 == 0))
+    arguments = (planner.run, g, g.rows, partial, counter, total, int(g.address % 16 == 0))
     return [Launch(squared_norm, (blocks, 1), (THREADS, 1), arguments, float_type(g))]
 
 

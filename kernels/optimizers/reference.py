@@ -1,17 +1,18 @@
 """Optimiser sweeps in NumPy, over flat arrays of P values.
 
 * ``sgd_step`` (momentum as in Sutskever et al. 2013, in PyTorch's form, where v carries no learning rate):
-  g <- scale g + l2 w;  v <- mu v + g;  d = v, with Nesterov d = g + mu v;  w <- (1 - lr wd) w - lr d.
+  g <- scale clip g + l2 w;  v <- mu v + g;  d = v, with Nesterov d = g + mu v;  w <- (1 - lr wd) w - lr d.
 * ``adam_step`` (Kingma & Ba 2015, Algorithm 1; ``weight_decay`` makes it AdamW, Loshchilov & Hutter 2019):
-  g <- scale g + l2 w;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
-  w <- (1 - lr wd) w - lr [m / (1 - b1^t)] / (sqrt(v / (1 - b2^t)) + eps) with t = step + 1.
-* ``squared_norm``: total <- total + sum g^2 in float64, and ``clip_scale``: scale = min(1, max_norm / sqrt(total))
+  g <- scale clip g + l2 w;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
+  w <- (1 - lr wd) w - lr [m / (1 - b1^t)] / (sqrt(v / (1 - b2^t)) + eps) with t = update + 1.
+* ``squared_norm``: total <- total + scale^2 sum g^2 in float64, and ``clip_scale``: min(1, max_norm / sqrt(total))
   (Pascanu et al. 2013), total <- 0 for the next step: together the global norm of several gradients, clipped without a
   second pass over them.
 
-``lr`` is multiplied by the call's ``lr_factor``. ``scale`` (1 value, float64) multiplies g when it is given; g itself
-is only read. Elsewhere:
-Keras' Adam adds eps to the root of the uncorrected v, PyTorch clips by max_norm / (norm + 1e-6).
+``scale`` and ``update`` come from the run-time block: a factor of every gradient (1 changes no bit), and how many
+updates the moments have seen. ``clip`` (1 value, float64) multiplies g too when it is given; g itself is only read.
+``lr`` is multiplied by the call's ``lr_factor``. Elsewhere: Keras' Adam adds eps to the root of the uncorrected v,
+PyTorch clips by max_norm / (norm + 1e-6).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import numpy as np
 from ..registry import Array, OpSpec, Param, Tolerance, register_op
 
 
-def _gradient(w: np.ndarray, g: np.ndarray, scale: np.ndarray | None, l2: float) -> np.ndarray:
-    if scale is not None:
-        g = g * float(scale[0])
+def _gradient(w: np.ndarray, g: np.ndarray, clip: np.ndarray | None, scale: float, l2: float) -> np.ndarray:
+    if clip is not None:
+        scale = scale * float(clip[0])
+    if scale != 1.0:
+        g = g * scale
     if l2:
         g = g + l2 * w
     return g
@@ -35,21 +38,21 @@ def sgd_step(
     w: np.ndarray,
     g: np.ndarray,
     v: np.ndarray | None,
-    scale: np.ndarray | None,
+    clip: np.ndarray | None,
     momentum: float = 0.0,
     nesterov: int = 0,
     l2: float = 0.0,
     weight_decay: float = 0.0,
     lr_factor: float = 1.0,
-    step: int = 0,
     lr: float = 0.01,
+    scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Stochastic gradient descent with momentum, one sweep, in place."""
     if momentum and v is None:
         raise ValueError(f"sgd_step: momentum {momentum} needs the velocity array v, found None; pass zeros at step 0")
     lr = lr * lr_factor
-    direction = g = _gradient(w, g, scale, l2)
+    direction = g = _gradient(w, g, clip, scale, l2)
     if v is not None:
         v *= momentum
         v += g
@@ -64,21 +67,22 @@ def adam_step(
     g: np.ndarray,
     m: np.ndarray,
     v: np.ndarray,
-    scale: np.ndarray | None,
+    clip: np.ndarray | None,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     l2: float = 0.0,
     weight_decay: float = 0.0,
     lr_factor: float = 1.0,
-    step: int = 0,
+    update: int = 0,
     lr: float = 1e-3,
+    scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Adam (AdamW with ``weight_decay``), one sweep, in place."""
     lr = lr * lr_factor
-    t = step + 1
-    g = _gradient(w, g, scale, l2)
+    t = update + 1
+    g = _gradient(w, g, clip, scale, l2)
     m *= beta1
     scratch = (1.0 - beta1) * g
     m += scratch
@@ -96,9 +100,9 @@ def adam_step(
     w -= scratch
 
 
-def squared_norm(g: np.ndarray, total: np.ndarray, threads: int = 1) -> None:
-    """Add the sum of squares of g to total[0], in float64."""
-    total[0] += np.square(g, dtype=np.float64).sum()
+def squared_norm(g: np.ndarray, total: np.ndarray, scale: float = 1.0, threads: int = 1) -> None:
+    """Add the sum of squares of scale g to total[0], in float64."""
+    total[0] += np.square(g, dtype=np.float64).sum() * (scale * scale)
 
 
 def clip_scale(total: np.ndarray, scale: np.ndarray, max_norm: float = 1.0, threads: int = 1) -> None:
@@ -130,7 +134,7 @@ SGD_STEP = register_op(
             Array("w", "P", role="inout"),
             Array("g", "P"),
             Array("v", "P", role="inout", optional=True),
-            Array("scale", "1", optional=True, dtype="f8", fill=_scale),
+            Array("clip", "1", optional=True, dtype="f8", fill=_scale),
         ),
         reference=sgd_step,
         params=(
@@ -140,7 +144,7 @@ SGD_STEP = register_op(
             Param("weight_decay", "float", 0.0),
             Param("lr_factor", "float", 1.0),
         ),
-        runtime=("step", "lr"),
+        runtime=("lr", "scale"),
         tolerance=lambda sizes: Tolerance(ulp=4.0, norm=4.0, why=_STEP),
         variants=(
             {},
@@ -162,7 +166,7 @@ ADAM_STEP = register_op(
             Array("g", "P"),
             Array("m", "P", role="inout"),
             Array("v", "P", role="inout", fill=_square),
-            Array("scale", "1", optional=True, dtype="f8", fill=_scale),
+            Array("clip", "1", optional=True, dtype="f8", fill=_scale),
         ),
         reference=adam_step,
         params=(
@@ -173,7 +177,7 @@ ADAM_STEP = register_op(
             Param("weight_decay", "float", 0.0),
             Param("lr_factor", "float", 1.0),
         ),
-        runtime=("step", "lr"),
+        runtime=("update", "lr", "scale"),
         tolerance=lambda sizes: Tolerance(ulp=8.0, norm=4.0, why=_STEP),
         variants=({}, {"l2": 1e-2, "beta1": 0.8}, {"weight_decay": 0.1, "lr_factor": 0.5, "eps": 1e-3}),
         no_gradient=("w", "g", "m", "v"),
@@ -187,6 +191,7 @@ SQUARED_NORM = register_op(
         summary="adds the sum of squares to a float64 total",
         arrays=(Array("g", "P"), Array("total", "1", role="inout", dtype="f8", fill=_square)),
         reference=squared_norm,
+        runtime=("scale",),
         tolerance=lambda sizes: Tolerance(ulp=16.0, why="positive terms, added in blocks in float64"),
         no_gradient=("g", "total"),
         flops=lambda sizes: 2.0 * sizes["P"],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 
 import fastdl as fd
 from fastdl import layers
@@ -35,3 +39,18 @@ def assert_equal(a: fd.Sequential, b: fd.Sequential) -> None:
     for quantity in ("step", "epoch", "lr"):
         assert getattr(a, quantity) == getattr(b, quantity), quantity
     assert a._state.update == b._state.update
+
+
+def small(loss: str = "softmax_cross_entropy", **settings: object) -> fd.Sequential:
+    """One layer."""
+    return fd.Sequential([layers.Dense(3 if loss.startswith("softmax") else 1)], seed=1).compile(loss, **settings)
+
+
+def refused(call: Callable[[], object], kind: type[Exception] | tuple[type[Exception], ...], *words: str) -> None:
+    """The call raises, without a warning before, and says the words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(kind) as caught:
+            call()
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {caught.value}"

@@ -56,6 +56,16 @@ def test_early_stopping(arguments, values, stopped, best):
     assert model.epochs == best + 1
 
 
+@pytest.mark.parametrize("patience", [0, 1, 2, 3, 7])
+def test_patience_counts_epochs_in_a_row_without_improvement(patience):
+    """As in Keras: 1 stops at the first, 3 at the third; 0 stops at the first too."""
+    stop = EarlyStopping(patience=patience)
+    better_once = [5.0] * patience + [4.0]  # the first sets the mark; one fewer than patience follow it
+    Counter().train(stop, "val_loss", [*better_once, *[4.0] * 20])
+    assert stop.best_epoch == (patience if patience > 0 else 0)
+    assert stop.stopped_epoch == stop.best_epoch + max(patience, 1)
+
+
 def test_last_weights_are_kept_on_request():
     model = Counter()
     model.train(EarlyStopping(patience=1, restore_best_weights=False), "val_loss", [1, 2, 3])
@@ -83,6 +93,12 @@ def test_unknown_monitor_lists_what_there_is():
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         EarlyStopping(**arguments)
+
+
+def test_what_is_no_function_is_refused():
+    for make in (lambda: LearningRateSchedule(0.1), lambda: LambdaCallback(on_epoch_end=3)):
+        with pytest.raises(TypeError, match="expected a function, found"):
+            make()
 
 
 def test_schedule():

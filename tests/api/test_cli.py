@@ -12,6 +12,7 @@ import pytest
 
 import fastdl as fd
 from fastdl import cli
+from fastdl.cli import info
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 RESULTS = ("test accuracy", "test r2", "seconds", "ratio to the numpy back end", "weights sha256")
@@ -285,16 +286,16 @@ def test_as_a_program(tmp_path):
 def test_readme_holds_the_table_of_ops():
     if any(state != "available" for name, state in fd.backends().items() if name != "cuda"):
         pytest.skip("the table is that of a full installation")
-    between = README.read_text(encoding="utf-8").partition(cli.OPS_BEGIN)[2].partition(cli.OPS_END)[0]
-    assert between.strip() == cli.ops_table(), "run: python -m fastdl info --ops --into README.md"
+    between = README.read_text(encoding="utf-8").partition(info.OPS_BEGIN)[2].partition(info.OPS_END)[0]
+    assert between.strip() == info.ops_table(), "run: python -m fastdl info --ops --into README.md"
 
 
 def test_table_of_ops_into_a_file(run, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{cli.OPS_BEGIN}\nold\n{cli.OPS_END}\nafter\n", encoding="utf-8")
+    path.write_text(f"before\n{info.OPS_BEGIN}\nold\n{info.OPS_END}\nafter\n", encoding="utf-8")
     for _ in range(2):
         assert run("info", "--ops", "--into", path)[0] == 0
-    expected = f"before\n{cli.OPS_BEGIN}\n{cli.ops_table()}\n{cli.OPS_END}\nafter\n"
+    expected = f"before\n{info.OPS_BEGIN}\n{info.ops_table()}\n{info.OPS_END}\nafter\n"
     assert path.read_text(encoding="utf-8") == expected
     path.write_text("no markers", encoding="utf-8")
     status, _, stderr = run("info", "--ops", "--into", path)

@@ -12,9 +12,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from api.nets import BACKENDS, X, Y, net
 
 import fastdl as fd
+from api.nets import BACKENDS, X, Y, net
 from fastdl import config
 from fastdl.kernels.common import cache
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from api.nets import BACKENDS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")

@@ -9,9 +9,9 @@ import threading
 
 import numpy as np
 import pytest
-from api.nets import BACKENDS, X, Y, net
 
 import fastdl as fd
+from api.nets import BACKENDS, X, Y, net
 from fastdl import layers
 from fastdl.kernels.common.blas import _libraries, limit_blas
 

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from api.nets import BACKENDS, EXACT, X, Y, assert_equal, net, other_than
 
 import fastdl as fd
+from api.nets import BACKENDS, EXACT, X, Y, assert_equal, net, other_than
 from fastdl import layers
 from fastdl.errors import BackendUnavailable, TrainingInProgress
 from fastdl.run import placement, storage
@@ -183,6 +183,19 @@ def test_a_training_inside_a_callback_counts(exact: str) -> None:
     made.fit(X, Y, 30, epochs=2, callbacks=[inner], verbose=0)
     assert made.step == 2 * (3 + 1 + 3)
     assert made.epoch == 4
+
+
+@pytest.mark.parametrize("exact", EXACT)
+def test_a_training_inside_a_callback_has_data_of_its_own(exact: str) -> None:
+    """The inner one uses the same Program, the outer one goes on with its own rows: as the same fits in turn do."""
+    other, labels = X[::-1].copy(), (Y + 1) % 3
+    nested, flat = net(exact), net(exact)
+    inner = fd.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: nested.fit(other, labels, 30, verbose=0))
+    nested.fit(X, Y, 30, epochs=2, callbacks=[inner], verbose=0)
+    for _ in range(2):
+        flat.fit(X, Y, 30, verbose=0)
+        flat.fit(other, labels, 30, verbose=0)
+    assert_equal(nested, flat)
 
 
 def test_another_thread_that_reads_names_does_not_stop_a_training() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -44,13 +45,13 @@ def source(tmp_path):
     return copy
 
 
-def python(*arguments, cwd, **environment):
+def python(*arguments, cwd, timeout=300, **environment):
     """Run the interpreter; returns the exit status, stdout and stderr."""
     clean = {
         key: value for key, value in os.environ.items() if not key.startswith(("FASTDL_", "PYTHONPATH", "CC", "CXX"))
     }
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=timeout
     )
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
@@ -190,3 +191,45 @@ def test_missing_cxx_gives_one_line(builder, source, tmp_path):
     assert status == 1
     assert stderr.startswith(f"fastdl: no C++ compiler ({absent}) was found")
     assert len(stderr.splitlines()) == 1
+
+
+@POSIX
+@pytest.mark.parametrize("header", ["common/abi.h", "engine/crew.h", "activations/table.h", "losses/table.h"])
+def test_a_family_alone_is_not_rebuilt_after_a_shared_header(builder, source, tmp_path, header):
+    """The others would go on with another layout of what all of them share; a family's own header is its own."""
+    others = ("activations", "batchnorm", "dense", "engine")
+    for name in others:
+        (source / "kernels" / name / f"_cython{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    late = time.time() + 60
+    os.utime(source / "kernels" / header, (late, late))
+    compilers = {name: stand_in(tmp_path / name, "nothing fails") for name in ("CC", "CXX")}
+    build = ("setup.py", "-q", "build_ext", "--inplace")
+    status, _, stderr = python(*build, cwd=source, FASTDL_FAMILIES="losses", **compilers)
+    if header == "losses/table.h":
+        assert "has changed since" not in stderr
+        return
+    assert status == 1
+    message = f"fastdl: kernels/{header} has changed since (activations|batchnorm|dense|engine) was built"
+    assert re.match(message, stderr.splitlines()[-1]), stderr
+    assert "rebuild everything: python setup.py -q build_ext --inplace" in stderr
+
+
+# the how-to of CONTRIBUTING.md
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+@pytest.mark.skipif(fd.backends()["cython"] != "available", reason="the compiled back end is not built")
+def test_the_activation_in_contributing_builds_and_passes(builder, source):
+    """Minutes: everything is compiled. What the registry makes of the new entry passes on all back ends."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S).group(1)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=source, check=True)
+    status, _, stderr = python("setup.py", "-q", "build_ext", "--inplace", cwd=source, timeout=3000)
+    assert status == 0, stderr
+    command = ["-S", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "softsign"]
+    folders = ["tests/contract", "tests/kernels", "tests/api/test_program.py"]
+    path = search_path(source)  # this tree's kernels, not those of an editable install
+    status, stdout, stderr = python(*command, *folders, cwd=source, timeout=3000, PYTHONPATH=path)
+    assert status == 0, stdout + stderr
+    assert int(re.search(r"(\d+) passed", stdout).group(1)) > 50

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from api.nets import BACKENDS, EXACT, X, Y, assert_equal, net
 
 import fastdl as fd
+from api.nets import BACKENDS, EXACT, X, Y, assert_equal, net
 from fastdl import layers, optimizers
 from fastdl.errors import BackendUnavailable, ModelFileError
 from fastdl.kernels import dispatch
@@ -275,6 +275,8 @@ HOSTILE = {
     "totals": put("state", "totals", [0.0] * 10_000),
     "totals text": put("state", "totals", "x"),
     "extra": put("extra", 5),
+    "feature names": put("feature_names", ["a"] * 100_000),
+    "feature numbers": put("feature_names", [1, 2, 3, 4, 5, 6]),
     "seed": put("seed", -1),
     "seed float": put("seed", 1.5),
     "loss": put("loss", ["mse"]),

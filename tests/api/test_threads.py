@@ -9,9 +9,9 @@ import threading
 
 import numpy as np
 import pytest
-from api.nets import BACKENDS
 
 import fastdl as fd
+from api.nets import BACKENDS
 from fastdl import layers
 
 needs_cython = pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled back end is not built")

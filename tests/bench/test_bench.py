@@ -7,10 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 from bench import cases, compare, measure, prepare, table
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.registry import Array, OpSpec, Param, Tolerance
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_every_op_is_measured_on_every_backend():

@@ -218,12 +218,24 @@ def test_in_place_is_for_element_wise_ops_alone(name):
     refuses(call, ValueError, ["out: overlaps", "hand over another array"], [x])
 
 
-def test_in_place_backward_needs_the_saved_input():
-    x = ones(3, 4)
-    _, ctx = ops.relu_forward(x, out=x)
-    info = ACTIVATIONS["relu"]
-    if info.saves == "x":
-        refuses(lambda: ops.relu_backward(ones(3, 4), ctx), ValueError, ["relu_backward", "overwritten"])
+IN_PLACE = [name for name in ELEMENTWISE if not ACTIVATIONS[name].row_op]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_backward_after_a_forward_in_place(name):
+    """An op that saves its output can go on, with the same gradient; one that has saved its input has lost it."""
+    forward, backward = getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward")
+    x, dy = np.linspace(-2, 2, 12, dtype=F4).reshape(3, 4), ones(3, 4)
+    want = backward(dy, forward(x)[1])
+    _, ctx = forward(x, out=x)
+    if ACTIVATIONS[name].saves == "x":
+        refuses(lambda: backward(dy, ctx), ValueError, [f"{name}_backward", "overwritten"], [x, dy])
+    else:
+        np.testing.assert_array_equal(backward(dy, ctx), want)
+
+
+def test_some_activations_save_their_input_and_some_their_output():
+    assert {ACTIVATIONS[name].saves for name in IN_PLACE} == {"x", "y"}
 
 
 # ---------------------------------------------------------------------------------------------- dropout, random

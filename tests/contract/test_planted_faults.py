@@ -11,13 +11,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from contract import cases, checks
 from fastdl.kernels import dispatch, registry
-from fastdl.kernels.registry import Impl
+from fastdl.kernels.registry import Impl, Tolerance
 
 FLOAT32, FLOAT64 = cases.DTYPES
 
@@ -136,6 +137,54 @@ def test_reference(op, variant, fault, says, plant, backend):
     planted(plant, op, fault, checks.matches_reference, some_call(op, **variant), backend, says=says)
 
 
+@pytest.mark.parametrize("output", ["dx", "dgamma", "dbeta"])
+@pytest.mark.parametrize("rows", [2, 3, 65])
+def test_gradients_of_few_rows(rows, output, plant, backend):
+    """With two rows little of dx is left but rounding: what is allowed for dx must not be allowed for the sums."""
+
+    def turned(go, arrays, arguments):
+        go()
+        arrays[output] *= -1
+
+    size, fused = {"N": rows, "C": 33}, {"activation": "relu"}
+    spec = registry.spec("batchnorm_backward")
+    call = cases.draw(spec, cases.rng(rows), size, FLOAT32, fused, ("slope", "dslope"))
+    planted(plant, spec.name, turned, checks.matches_reference, call, backend, says=f"{output}: ")
+
+
+@pytest.mark.parametrize("spec", registry.specs(), ids=lambda spec: spec.name)
+def test_turned_signs(spec):
+    """No array of any call has a tolerance that it meets with its signs turned."""
+    for dtype in cases.DTYPES if any(a.dtype == "T" for a in spec.arrays) else (FLOAT32,):
+        for call in cases.calls(spec, dtype):
+            right = {
+                a.name: want if x is None else want.astype(x.dtype)
+                for a, x, want in zip(spec.arrays, call.arrays, call.want, strict=True)
+            }
+            assert checks.compare(call, right) is None
+            for array in spec.outputs:
+                x = right[array.name]
+                if x is not None and x.dtype.kind == "f" and np.any(x):
+                    wrong = checks.compare(call, {**right, array.name: -x})
+                    assert wrong, f"{call}: {array.name}"
+                    assert wrong.startswith(f"{array.name}: ")
+
+
+@pytest.mark.parametrize("tolerance", [Tolerance(ulp=1e6), Tolerance(norm=1e6)], ids=["ulp", "norm"])
+def test_a_tolerance_that_checks_nothing(tolerance):
+    call = some_call("tanh_forward")
+    right = {"y": call.want[1].astype(np.float32)}
+    assert checks.compare(call, right) is None
+    loose = replace(call, spec=replace(call.spec, tolerance=lambda sizes: {"y": tolerance}))
+    assert "the tolerance allows" in checks.compare(loose, right)
+
+
+def test_tolerances_are_those_of_the_outputs():
+    spec = replace(registry.spec("tanh_forward"), tolerance=lambda sizes: {"x": Tolerance()})
+    with pytest.raises(ValueError, match=r"tanh_forward.*expected a tolerance for each of \['y'\], found \['x'\]"):
+        spec.tolerances({"N": 1, "C": 1})
+
+
 @pytest.mark.parametrize("output", ["stats", "dz"])
 def test_loss(output, plant, backend):
     def unscaled(go, arrays, arguments):
@@ -148,9 +197,9 @@ def test_loss(output, plant, backend):
 
 def test_forgotten_correction_of_a_moment(plant, backend):
     def off_by_one(go, arrays, arguments):
-        go(step=arguments["step"] + 1)
+        go(update=arguments["update"] + 1)
 
-    call = some_call("adam_step", step=3)
+    call = some_call("adam_step", update=2)
     planted(plant, "adam_step", off_by_one, checks.matches_reference, call, backend, says="w: ")
 
 

@@ -93,13 +93,12 @@ def coarser(call: cases.Call) -> cases.Call:
     """The call with inputs of bfloat16, and results that are rounded once more, to 8 bits."""
     pairs = zip(call.spec.arrays, call.arrays, strict=True)
     arrays = tuple(rounded(x) if x is not None and a.dtype == "T" and a.role != "out" else x for a, x in pairs)
-    fine = call.spec.tolerance
+    fine = call.spec.tolerances
 
-    def tolerance(sizes: Mapping[str, int]) -> registry.Tolerance:
-        found = fine(sizes)
-        return replace(found, ulp=found.ulp + 2.0**15, norm=found.norm)
+    def tolerance(sizes: Mapping[str, int]) -> dict[str, registry.Tolerance]:
+        return {name: replace(one, ulp=one.ulp + 2.0**15) for name, one in fine(sizes).items()}
 
-    exact = not (fine(call.sizes).ulp or fine(call.sizes).norm)
+    exact = all(one.exact for one in fine(call.sizes).values())
     spec = call.spec if exact else replace(call.spec, tolerance=tolerance)
     found = replace(call, spec=spec, arrays=arrays)
     if exact:

@@ -222,8 +222,11 @@ def test_compiled_levels_agree(level, rng):
         want = [a.astype(np.float64) for a in arrays]
         spec.reference(*want)
         dispatch.run(spec.name, *arrays, backend="cython")
-        tolerance = spec.tolerance({"N": 65, "C": 47})
-        for got, exact in zip(arrays, want, strict=True):
+        tolerances = spec.tolerances({"N": 65, "C": 47})
+        for array, got, exact in zip(spec.arrays, arrays, want, strict=True):
+            if array.role == "in":
+                continue
+            tolerance = tolerances[array.name]
             bound = tolerance.ulp * np.abs(exact) + tolerance.norm * np.abs(exact).max()
             assert (np.abs(got - exact) <= np.finfo(np.float32).eps * bound).all(), f"{spec.name} at {level}"
 

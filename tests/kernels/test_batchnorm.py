@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastdl import ops
 from fastdl.kernels import dispatch, registry
 from fastdl.kernels.activations.reference import ACTIVATIONS
 from fastdl.kernels.engine.panels import Panels, pack
@@ -324,3 +325,16 @@ def test_constant_statistics_give_the_plain_chain_rule(backend: str) -> None:
     np.testing.assert_allclose(got["dx"], given["dy"] * (given["gamma"] * given["inv_std"]), rtol=1e-6)
     assert error(got["dgamma"], (given["dy"] * xhat).sum(axis=0)) <= 1e-5
     assert error(got["dbeta"], given["dy"].astype(np.float64).sum(axis=0)) <= 1e-5
+
+
+def test_float32_holds_columns_within_1e15_and_loses_larger_ones_without_nan(backend, rng):
+    """The limit that `layers.BatchNorm` names: squares of deviations are added up in float32."""
+    base = rng.standard_normal((1000, 3))
+    for size, lost in ((1e15, False), (1e25, True)):
+        x, gamma, beta = (base * size).astype(np.float32), np.ones(3, np.float32), np.full(3, 0.5, np.float32)
+        mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+        with np.errstate(over="ignore"):
+            y, _ = ops.batchnorm_forward(x, gamma, beta, mean, var, backend=backend)
+        want = np.full_like(y, 0.5) if lost else (base - base.mean(0)) / base.std(0) + 0.5
+        np.testing.assert_allclose(y, want, atol=1e-4)
+        assert np.isinf(var).all() == lost

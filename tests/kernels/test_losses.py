@@ -125,6 +125,20 @@ def test_total_rows_split_a_batch(backend, op):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_weighted_shares_add_up_to_the_mean_times_the_mean_weight(backend, op):
+    z, targets, weight = draw(op, 100, 12)
+    weight[:40:3] = 0
+    whole, dz = run(op, z, targets, weight, backend, total_rows=100)  # all rows: the mean already
+    np.testing.assert_array_equal(run(op, z, targets, weight, backend)[0], whole)
+    shares = slice(0, 1), slice(1, 30), slice(30, 100)
+    parts = [run(op, z[s], targets[s], weight[s], backend, total_rows=100) for s in shares]
+    scale = 100 / sum(stats[1] for stats, _ in parts)
+    assert scale == pytest.approx(100 / weight.sum(), rel=1e-13)
+    assert sum(stats[0] for stats, _ in parts) * scale == pytest.approx(whole[0], rel=1e-13)
+    np.testing.assert_allclose(np.concatenate([d for _, d in parts]) * scale, dz, rtol=1e-12, atol=1e-17)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_weights_are_repetitions(backend, op):
     z, targets, _ = draw(op, 6, 4)
     times = np.array([1, 3, 0, 2, 1, 1])
@@ -302,10 +316,10 @@ def test_bad_targets_say_what_is_expected(loss, y, outputs, message):
 @pytest.mark.parametrize(
     ("loss", "y", "message"),
     [
-        ("softmax_cross_entropy", ["cat", "dog"], r"found dtype <U3; number the classes with"),
+        ("softmax_cross_entropy", ["cat", "dog"], r"found dtype <U3, text; number the classes with"),
         ("softmax_cross_entropy", np.array([0, None]), "found dtype object"),
         ("softmax_cross_entropy", [[0], [1, 2]], "expected an array of numbers"),
-        ("mse", [1j], "found dtype complex128; convert"),
+        ("mse", [1j], "found dtype complex128, complex numbers; take"),
     ],
 )
 def test_targets_that_are_no_numbers(loss, y, message):
