@@ -6,9 +6,9 @@ import signal
 
 import numpy as np
 import pytest
-from api.nets import EXACT, X, Y, assert_equal, net
 
 import fastdl as fd
+from api.nets import EXACT, X, Y, assert_equal, net
 from fastdl.callbacks import Callback
 
 METHODS = ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end")

@@ -7,9 +7,9 @@ import pickle
 
 import numpy as np
 import pytest
-from api.nets import EXACT, X, Y, assert_equal, net
 
 import fastdl as fd
+from api.nets import EXACT, X, Y, assert_equal, net
 from fastdl import layers
 
 WAYS = {

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import fastdl as fd
+from api.nets import X, Y, refused, small
 from fastdl import inputs
-
-from .nets import X, Y, refused, small
 
 
 class Frame:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import fastdl as fd
+from api.nets import X, Y, net, refused, small
 from fastdl import callbacks, convert, inputs
-
-from .nets import X, Y, net, refused, small
 
 V = X[:, :1]  # values of a regression
 

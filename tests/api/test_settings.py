@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 import fastdl as fd
+from api.nets import X, Y
 from fastdl import callbacks, initializers, layers, losses, optimizers
 from fastdl.kernels.activations.reference import ACTIVATIONS
-
-from .nets import X, Y
 
 REALS = [np.float16, np.float32, np.float64, np.longdouble, np.array, fractions.Fraction]
 WHOLES = [np.int8, np.uint8, np.int32, np.int64, np.uint64, np.array]

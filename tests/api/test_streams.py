@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from api.nets import EXACT, X, Y, net
 
 import fastdl as fd
+from api.nets import EXACT, X, Y, net
 from fastdl import layers
 
 DY = np.random.default_rng(5).standard_normal((90, 3)).astype(np.float32)
