@@ -18,6 +18,7 @@ from fastdl import callbacks, data, errors, initializers, kernels, layers, losse
 from fastdl._version import __version__  # noqa: E402
 from fastdl.config import backend, resolve_backend  # noqa: E402
 from fastdl.model import Sequential, load  # noqa: E402
+from fastdl.run import checkpoint  # noqa: E402
 
 
 def backends() -> dict[str, str]:
@@ -36,6 +37,7 @@ __all__ = [
     "backend",
     "backends",
     "callbacks",
+    "checkpoint",
     "data",
     "errors",
     "explain",

@@ -112,7 +112,12 @@ def resolve_backend(call: str | None = None, compiled: str | None = None) -> str
     """The back end's name (or "auto") by order of precedence."""
     if call is not None:
         return check_backend(call)
-    return _context.get().backend or home_backend(compiled)
+    chosen = _context.get().backend
+    if chosen is not None:
+        return chosen
+    if compiled not in (None, "auto"):  # as `home_backend` has it: every step of a net asks
+        return compiled
+    return home_backend()
 
 
 def context_backend() -> str | None:

@@ -93,7 +93,9 @@ class Placement:
         self.memory = Memory.allocate(self.layout, moments, device)
         self._bound: dict[tuple[Any, ...], Bound] = {}
         self._predictions: dict[tuple[Any, ...], Bound] = {}
-        self._quick: tuple[Any, int | None, Any] | None = None  # SingleStep, threads asked for, executor
+        #: the engine's `SingleStep.run` of the last batch, and the threads that were asked for
+        self.quick_step: tuple[Callable[..., float | None], int | None] | None = None
+        self._quick_memory: Bound | None = None  # that it points into
 
     def draw(self) -> None:
         """Initial values: parameter p from its own stream, equal bits on every back end."""
@@ -134,16 +136,9 @@ class Placement:
     def keep_quick(self, bound: Bound) -> None:
         """Remember the quick way into a training step, where it has one."""
         step = bound.executor.single(bound.x, bound.targets)
-        self._quick = None
-        if step is not None:  # the executor owns the memory that the step points into
-            self._quick = step, config.resolve_threads(None, self.settings.threads), bound.executor
-
-    def quick(self) -> Any:
-        """The engine's `SingleStep` of the last batch, as long as the threads are those asked for."""
-        if self._quick is None:
-            return None
-        step, threads, _ = self._quick
-        return step if config.resolve_threads(None, self.settings.threads) == threads else None
+        self.quick_step = None
+        if step is not None:
+            self.quick_step, self._quick_memory = (step.run, config.resolve_threads(None, self.settings.threads)), bound
 
     def loop(self, rows: int) -> Bound:
         """Forward, backward and update, one after the other when the user says so."""

@@ -126,14 +126,21 @@ class Runtime:
 
     # ------------------------------------------------------------------ the quick ways
     def quick(self) -> Any:
-        """The engine's `SingleStep` of the last batch, as long as back end and threads are those asked for."""
-        return self.placement.quick() if self.wanted() == self.placement.backend else None
+        """The engine's way into the last batch's step, as long as back end and threads are those asked for."""
+        placement, settings = self.placement, self.settings
+        if placement.quick_step is None:
+            return None
+        name = config.resolve_backend(None, settings.backend)
+        same = (self._auto if name == "auto" else name) == placement.backend
+        run, threads = placement.quick_step
+        return run if same and config.resolve_threads(None, settings.threads) == threads else None
 
     def predict_direct(self, X: Any) -> np.ndarray | None:
         """`predict` in one call of the engine, for what a Program in use can take as it stands; None otherwise."""
-        if type(X) is not np.ndarray or self.wanted() != self.placement.backend:
+        placement = self.placement
+        if type(X) is not np.ndarray or self.wanted() != placement.backend:
             return None
-        return self.placement.predict_direct(X)
+        return placement.predict_direct(X)
 
     # ------------------------------------------------------------------ on paper
     def training_program(self) -> Program:
