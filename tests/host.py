@@ -13,6 +13,8 @@ import numpy as np
 from fastdl.kernels.common import blas
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGPIPE", "SIGFPE", "SIGUSR1") if hasattr(signal, n)]
+#: Set by scikit-learn and polars when they are imported.
+NOT_OURS = (b"KMP_INIT_AT_FORK", b"_RJEM_MALLOC_CONF")
 _C = ctypes.CDLL(None)
 _TINY = 5e-324
 
@@ -24,7 +26,7 @@ def state() -> dict[str, Any]:
     return {
         "BLAS threads": [library.get_num_threads() for library in blas._libraries()],
         "Numba threads": numba.get_num_threads() if numba is not None and numba._is_initialized else None,
-        "environment": {k: v for k, v in os.environ._data.items() if b"PYTEST_" not in k},
+        "environment": {k: v for k, v in os.environ._data.items() if b"PYTEST_" not in k and k not in NOT_OURS},
         "current folder": os.getcwd(),
         "signal mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else None,
         "signal handlers": [signal.getsignal(one) for one in SIGNALS],
