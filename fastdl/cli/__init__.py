@@ -1,4 +1,4 @@
-"""The command line: ``train`` a net on the digits or on a table, ``predict`` with a saved one, ``info``.
+"""The command line: ``train`` a net on the digits or on a table, ``predict`` with a saved one, ``info``, ``cubins``.
 
 Mistakes of the caller end in one line on stderr and exit status 1 (2 for the command line itself, 130 for Ctrl-C).
 """
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastdl", description="Dense neural networks, trained by compiled kernels."
     )
-    commands = parser.add_subparsers(required=True, metavar="{train,predict,info}")
+    commands = parser.add_subparsers(required=True, metavar="{train,predict,info,cubins}")
     show = argparse.ArgumentDefaultsHelpFormatter
     for name, run, add_options, text in (
         ("train", train.run, train.add_options, "train a net and test it on held-out rows"),

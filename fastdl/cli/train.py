@@ -15,7 +15,7 @@ import numpy as np
 
 import fastdl as fd
 from fastdl import data, layers, optimizers
-from fastdl.cli.output import tell_notices
+from fastdl.cli.output import tell, tell_notices
 from fastdl.data.preprocessing import TASKS, Column
 from fastdl.data.table import listed
 from fastdl.errors import DataError
@@ -188,7 +188,18 @@ class Stopwatch(fd.callbacks.Callback):
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
+def _copies() -> int:
+    """Processes that an MPI launcher has started of this command; 1 where none has."""
+    counts = (os.environ.get(name, "") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
+    return max(int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else 1 for text in counts)
+
+
 def run(options: argparse.Namespace) -> None:
+    if (copies := _copies()) > 1:
+        tell(
+            f"note: a launcher has started {copies} copies of this command; training is not shared among processes, "
+            "so each of them trains the same net and prints the same result"
+        )
     if options.save is not None:
         checkpoint.check_writable(options.save)  # now, not after the training
     if options.epochs > MOST_EPOCHS:

@@ -228,6 +228,19 @@ def test_more_than_the_memory_of_the_machine(run, written, monkeypatch):
     assert "1,800 rows of 900 features" in stderr
 
 
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_a_launcher_is_noticed(run, monkeypatch, variable):
+    """`mpiexec -n 2` starts the command twice, and nothing is shared."""
+    quick = ("train", "digits", "--epochs", "1", "--quiet", "--no-baseline")
+    for count in ("1", "", "x"):
+        monkeypatch.setenv(variable, count)
+        assert run(*quick)[2] == ""
+    monkeypatch.setenv(variable, "2")
+    status, _, stderr = run(*quick)
+    assert (status, len(stderr.splitlines())) == (0, 1)
+    assert "a launcher has started 2 copies of this command" in stderr
+
+
 @pytest.mark.usefixtures("no_training")
 def test_batches_of_one_row_and_batch_norm(run, written):
     status, stdout, stderr = run("train", "digits", "--batch-size", "1", "--quiet")
