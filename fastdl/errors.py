@@ -11,6 +11,10 @@ class BackendUnavailable(FastdlError, RuntimeError):
     """A back end was asked for that cannot run here; the message says why."""
 
 
+class NetAtWork(FastdlError, RuntimeError):
+    """A net was called in the middle of its own work, by a signal handler or a finalizer."""
+
+
 class TrainingInProgress(FastdlError, RuntimeError):
     """A net was asked to move to other memory while it is training."""
 

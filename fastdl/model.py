@@ -25,9 +25,11 @@ from fastdl.inputs import (
 )
 from fastdl.net import Net
 from fastdl.run import checkpoint
-from fastdl.run.executor import Run
+from fastdl.run.executor import Executor, Run
 from fastdl.run.placement import Bound
 from fastdl.run.runtime import Runtime
+from fastdl.run.settings import Settings
+from fastdl.run.state import MOST
 from fastdl.run.trainer import Trainer
 from fastdl.snapshot import Snapshot
 
@@ -100,7 +102,8 @@ class Sequential(Net):
     ) -> dict[str, list[float]]:
         """Train; returns the history, one list per quantity.
 
-        Epochs, schedules and masks go on where the last call ended: `epoch` and `step` count over all calls.
+        Epochs, schedules and masks go on where the last call ended: `epoch` and `step` count over all calls. An
+        interrupt (Ctrl-C) comes out between two slices: the steps taken stay, the next call begins that epoch again.
 
         Parameters
         ----------
@@ -128,14 +131,17 @@ class Sequential(Net):
         ------
         ValueError, TypeError
             With what was expected, what was found, and what to do; nothing has been changed then.
+        NetAtWork
+            From a signal handler, in the middle of a step.
         TrainingInProgress
             From a callback, where the context names another back end than that of the training under way.
         """
         batch_size, epochs = whole_number(batch_size, "batch_size"), whole_number(epochs, "epochs")
         validation_split, validation_data = as_validation(validation_split, validation_data)
         callbacks, shuffle = as_list(callbacks), flag(shuffle, "shuffle")
-        with self._training:
-            with self._lock:
+        locks, state = self._locks, self._state
+        with locks.training:
+            with locks.memory:
                 given = X
                 builder, (X, targets, weight) = self._inputs(X, y, sample_weight, finite=True)
                 held = None
@@ -146,16 +152,19 @@ class Sequential(Net):
                 runtime = self._built(builder, given)
                 batch = min(batch_size, X.shape[0])
                 data = runtime.working().data_set(X, targets, weight, batch, shuffle)
-                self._training.depth += 1
+            for callback in callbacks:
+                callback.model = self
+            trainer = Trainer(data, state, locks, X.shape[0], batch, self._loss().metric)
+            evaluate = None if held is None else lambda: self._evaluated(runtime, *held)
+            depth, stop = locks.depth, state.stop
             try:
-                for callback in callbacks:
-                    callback.model = self
-                trainer = Trainer(data, self._state, self._lock, X.shape[0], batch, self._loss().metric)
-                evaluate = None if held is None else lambda: self._evaluated(runtime, *held)
+                locks.depth = depth + 1
                 return trainer.run(epochs, evaluate, callbacks, verbose)
             finally:
-                with self._lock:
-                    self._training.depth -= 1
+                locks.depth = depth  # first, and by no call: a second interrupt must find it done
+                if depth:
+                    state.stop = stop  # that of the training around this one
+                with locks.memory:
                     data.let_go()
 
     def train_on_batch(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -163,13 +172,26 @@ class Sequential(Net):
 
         Values of X are not looked at, as `fit` does: NaN there makes the loss and the parameters NaN.
         """
-        with self._training.quick, self._lock.quick:
+        locks = self._locks
+        with locks.training, locks.memory:
+            if locks.at_work:
+                locks.refuse()
             state, runtime = self._state, self._runtime
             quick = None if runtime is None or sample_weight is not None else runtime.quick()
-            loss = None if quick is None else quick(X, y, state.step, state.epoch, state.update, state.lr)
+            loss = None
+            if quick is not None:
+                try:
+                    loss = quick(X, y, state.step, state.epoch, state.update, state.lr)
+                except BaseException:
+                    if quick.__self__.done:  # a signal is raised as soon as the engine returns
+                        state.advance()
+                    raise
             if loss is None:
-                loss = self._train_on_batch(X, y, sample_weight)
-            state.step, state.update, state.rows = state.step + 1, state.update + 1, 0  # as `advance`, 0.1 us sooner
+                return self._train_on_batch(X, y, sample_weight)
+            if state.update < MOST and state.step < MOST:  # as `advance`, 0.1 us sooner
+                state.step, state.update, state.rows = state.step + 1, state.update + 1, 0
+            else:
+                state.advance()
             return loss
 
     def _train_on_batch(self, X: Any, y: Any, sample_weight: Any) -> float:
@@ -177,17 +199,26 @@ class Sequential(Net):
         state, rows = self._state, x.shape[0]
         placement = self._built(builder, X).working()
         bound = placement.train(rows, Feed(weighted=weight is not None, labels=targets.ndim == 1))
-        executor = bound.executor
+        run = Run(rows=rows, step=state.step, update=state.update, epoch=state.epoch, total_rows=rows, lr=state.lr)
         try:
+            self._locks.at_work = True
             bound.feed(x, targets, weight)
-            executor.run(
-                Run(rows=rows, step=state.step, update=state.update, epoch=state.epoch, total_rows=rows, lr=state.lr)
-            )
+            self._step(bound.executor, run)
         finally:
+            self._locks.at_work = False
             bound.let_go()
         if weight is None:
             placement.keep_quick(bound)
-        return float(executor.stored(executor.stats)[0])
+        return float(bound.executor.stored(bound.executor.stats)[0])
+
+    def _step(self, executor: Executor, run: Run, *phases: str) -> None:
+        """Run an update and count it, also where a signal is raised as soon as it is done."""
+        done = executor.runs
+        try:
+            executor.run(run, *phases)
+        finally:
+            if executor.runs != done:
+                self._state.advance()
 
     # ------------------------------------------------------------------ loops of the user's own
     def forward(self, X: Any, training: bool = False, first_row: int | None = None) -> np.ndarray:
@@ -204,20 +235,25 @@ class Sequential(Net):
         """
         if not training:
             return self.predict(X)
-        with self._training, self._lock:
+        locks = self._locks
+        with locks.training, locks.memory:
+            if locks.at_work:
+                locks.refuse()
             x = self._matrix(X, "X")
             first = self._state.rows if first_row is None else whole(first_row, "first_row", 62)
-            placement, rows = self._built(self._builder(x.shape[1]), X).working(), x.shape[0]
-            bound = placement.loop(rows)
+            runtime, rows = self._built(self._builder(x.shape[1]), X), x.shape[0]
+            bound = runtime.working().loop(rows)
             executor = bound.executor
             run = Run(rows=rows, step=self._state.step, first_row=first, total_rows=rows)
             try:
+                locks.at_work = True
                 executor.slot(bound.x, x)
                 executor.run(run, "feed", "forward")
+                self._last, self._state.rows, runtime.pending = (bound, run), first + rows, True
+                return executor.read(bound.y, rows)
             finally:
+                locks.at_work = False
                 executor.slot(bound.x, None)
-            self._last, self._state.rows = (bound, run), first + rows
-            return executor.read(bound.y, rows)
 
     def _last_pass(self) -> tuple[Bound, Run]:
         if self._last is None or self._last[0].executor.memory is not self._built().memory:
@@ -236,60 +272,85 @@ class Sequential(Net):
         accumulate : bool
             Add to the gradients instead of replacing them.
         """
-        with self._training, self._lock:
+        locks = self._locks
+        with locks.training, locks.memory:
+            if locks.at_work:
+                locks.refuse()
             bound, run = self._last_pass()
             dy = as_matrix(dy, self._settings.float, "dy", self._on_gpu())
             shape = run.rows, self._runtime.builder.out_width
             if dy.shape != shape:
                 raise ValueError(f"dy: expected shape {shape}, found {dy.shape}")
             memory, executor = self._runtime.memory, bound.executor
-            gradients = memory.gradients
-            if accumulate:
-                memory.pull()
-            before = gradients.copy() if accumulate else None
+            memory.pull()
+            before = memory.gradients.copy() if accumulate else None
             try:
+                locks.at_work = True
                 executor.slot(bound.dy, dy)
                 executor.run(run, "backward")
+                if before is not None:
+                    memory.pull()
+                    np.add(memory.gradients, before, out=memory.gradients)
+                    memory.changed()
+                return executor.read(bound.dx, run.rows)
             finally:
+                locks.at_work = False
                 executor.slot(bound.dy, None)
-            if before is not None:
-                memory.pull()
-                gradients += before
-                memory.changed()
-            return executor.read(bound.dx, run.rows)
 
     def update(self) -> None:
         """One step of the optimiser with the gradients at hand; advances ``step``."""
         if self.optimizer is None:
             raise ValueError("the model has no optimiser yet: call compile(optimizer=...) first")
-        with self._training, self._lock:
-            bound, run = self._last_pass()
-            state = self._state
-            bound.executor.run(Run(rows=run.rows, step=state.step, update=state.update, lr=state.lr), "update")
-            state.advance()
+        locks = self._locks
+        with locks.training, locks.memory:
+            if locks.at_work:
+                locks.refuse()
+            runtime, state = self._built(), self._state
+            if self._last is None and not state.rows:
+                raise ValueError("no gradients yet: call forward(X, training=True) and backward(dy) first")
+            rows = self._last[1].rows if self._last else state.rows
+            executor = runtime.placement.loop(rows).executor
+            try:
+                locks.at_work = True
+                run = Run(rows=rows, step=state.step, update=state.update, lr=state.lr)
+                self._step(executor, run, "update")
+            finally:
+                locks.at_work = runtime.pending = False
 
     # ------------------------------------------------------------------ inference
     def predict(self, X: Any) -> np.ndarray:
         """Output of the last layer for every row, (N, O): logits where the loss takes logits."""
-        runtime = self._runtime
-        if runtime is not None and not self._training.depth:
-            with self._lock.quick:
-                out = runtime.predict_direct(X)
-            if out is not None:
+        runtime, locks = self._runtime, self._locks
+        with locks.memory:
+            if locks.at_work:
+                locks.refuse()
+            if runtime is not None and (out := runtime.predict_direct(X)) is not None:
                 return out
-        with self._lock:
             x = self._matrix(X, "X")
-            return self._built(self._builder(x.shape[1]), X).reading().predict(x)
+            placement = self._built(self._builder(x.shape[1]), X).reading()
+            try:
+                locks.at_work = True
+                return placement.predict(x)
+            finally:
+                locks.at_work = False
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, and accuracy where the loss has one, with running statistics and no dropout."""
-        with self._lock:
+        with self._locks.memory:
             builder, data = self._inputs(X, y, sample_weight)
             return self._evaluated(self._built(builder, X), *data)
 
     def _evaluated(self, runtime: Runtime, X: Any, targets: Any, weight: Any = None) -> dict[str, float]:
-        with self._lock:
-            total, mass, correct = runtime.reading().evaluate(X, targets, weight)
+        locks = self._locks
+        with locks.memory:
+            if locks.at_work:
+                locks.refuse()
+            placement = runtime.reading()
+            try:
+                locks.at_work = True
+                total, mass, correct = placement.evaluate(X, targets, weight)
+            finally:
+                locks.at_work = False
         values = {"loss": total / mass if mass else math.nan}
         if self._loss().metric is not None:
             values[self._loss().metric] = correct / X.shape[0]
@@ -317,6 +378,7 @@ def load(
     BackendUnavailable
         The back end or the dtype that was asked for cannot run here.
     """
+    Settings.checked(None, "adam", backend, threads, dtype or "float32", True)  # the caller's, not the file's
     tensors, description, version = checkpoint.read(path)
     try:
         snapshot = Snapshot.from_description(description, tensors, version, backend, threads, dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -12,45 +13,47 @@ import numpy as np
 from fastdl import describe, losses, optimizers
 from fastdl.builder import Builder, named
 from fastdl.checks import settings_fit, whole
+from fastdl.errors import TrainingInProgress
 from fastdl.inputs import feature_names, whole_number
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
 from fastdl.program import Program
 from fastdl.run import checkpoint
 from fastdl.run.executor import Run
-from fastdl.run.lock import NetLock
+from fastdl.run.lock import NetLocks
 from fastdl.run.placement import Bound
 from fastdl.run.runtime import Runtime
 from fastdl.run.settings import Settings
 from fastdl.run.state import TrainState
 from fastdl.run.weights import Weights
-from fastdl.snapshot import Snapshot
+from fastdl.snapshot import Snapshot, read
 
 
 class Net:
     """Layers with settings, state and tensors; base of `fastdl.Sequential`."""
 
     def __init__(self, layers: Sequence[Layer], seed: int = 0) -> None:
-        self.layers: list[Layer] = list(layers)
-        for k, layer in enumerate(self.layers):
+        if isinstance(layers, Layer) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected a list of layers, found {layers!r}")
+        self._layers = tuple(layers)
+        seen: set[int] = set()
+        for layer in self._layers:
             if not isinstance(layer, Layer):
                 raise TypeError(f"expected layers from fastdl.layers, found {layer!r}")
-            if any(layer is other for other in self.layers[:k]):
+            if id(layer) in seen:
                 raise ValueError(
                     f"layers: expected each layer once, found {layer!r} twice; make a layer for each place"
                 )
-        self._pairs = named(self.layers)
-        self.names: list[str] = [name for name, _ in self._pairs]  #: of the layers: ``dense_0``, ...
-        self.seed = whole(seed, "seed", 64)
-        #: columns of the frame that the net was built with: other frames are taken by these names, in any order
-        self.feature_names: list[str] | None = None
+            seen.add(id(layer))
+        self._pairs = named(self._layers)
+        self._seed = whole(seed, "seed", 64)
+        self._feature_names: list[str] | None = None
         self.extra: dict[str, Any] = {}  #: whatever was handed to `save` with the model
         self._state = TrainState()
         self._settings = Settings()
         self._runtime: Runtime | None = None
         self._last: tuple[Bound, Run] | None = None  # of forward(), for backward()
-        self._training = NetLock()  # held by a whole training; its depth counts those of `fit`
-        self._lock = NetLock()  # held while somebody is at the memory; a training lets go between slices
+        self._locks = NetLocks()
 
     # ------------------------------------------------------------------ set-up
     def compile(
@@ -89,9 +92,9 @@ class Net:
             When this net is training at the moment.
         """
         settings = Settings.checked(loss, optimizer, backend, threads, dtype, fuse)
-        for layer in self.layers:
+        for layer in self._layers:
             settings_fit(layer, np.dtype(settings.float))
-        with self._lock:
+        with self._locks.memory:
             if self._runtime is not None:
                 if settings.dtype != self._settings.dtype:
                     raise ValueError(
@@ -105,7 +108,7 @@ class Net:
 
     def build(self, width: int) -> Self:
         """Fix the number of input features and draw the initial weights; `fit` and `predict` do it by themselves."""
-        with self._lock:
+        with self._locks.memory:
             self._built(self._builder(whole_number(width, "input features")))
         return self
 
@@ -124,9 +127,29 @@ class Net:
                 raise ValueError(
                     "the model does not know its input yet: call fit(), predict() or build(features) first"
                 )
-            self._runtime = Runtime(builder, self._settings, self._training)
-            self.feature_names = feature_names(X)
+            self._runtime = Runtime(builder, self._settings, self._locks)
+            self._feature_names = feature_names(X)
         return self._runtime
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, which are fixed."""
+        return self._layers
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers: ``dense_0``, ..."""
+        return [name for name, _ in self._pairs]
+
+    @property
+    def seed(self) -> int:
+        """Key of the random streams."""
+        return self._seed
+
+    @property
+    def feature_names(self) -> list[str] | None:
+        """Columns of the frame that the net was built with: other frames are taken by these names, in any order."""
+        return self._feature_names
 
     @property
     def loss(self) -> losses.Loss | None:
@@ -143,6 +166,7 @@ class Net:
 
     @step.setter
     def step(self, value: int) -> None:
+        self._not_while_another_thread_trains("step")
         self._state.step, self._state.rows = whole(value, "step"), 0
 
     @property
@@ -152,7 +176,15 @@ class Net:
 
     @epoch.setter
     def epoch(self, value: int) -> None:
+        self._not_while_another_thread_trains("epoch")
         self._state.epoch = whole(value, "epoch")
+
+    def _not_while_another_thread_trains(self, quantity: str) -> None:
+        """Its trainer would put its own count back."""
+        training = self._locks.training
+        if not training.acquire(blocking=False):
+            raise TrainingInProgress(f"{quantity}: this net is training in another thread; assign it when fit is done")
+        training.release()
 
     @property
     def lr(self) -> float:
@@ -161,7 +193,10 @@ class Net:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._state.lr = optimizers.check_lr(value)
+        rate = optimizers.check_lr(value)
+        if rate > np.finfo(self._settings.float).max:
+            raise ValueError(f"lr: expected a rate that {self._settings.float} can hold, found {value!r}")
+        self._state.lr = rate
 
     @property
     def stop_training(self) -> bool:
@@ -193,28 +228,28 @@ class Net:
     @property
     def program(self) -> Program:
         """The training Program (or the user's loop, without a loss) of the last batch size, or of 32 rows."""
-        with self._lock:
+        with self._locks.memory:
             return self._built().training_program()
 
     @property
     def weights(self) -> Weights:
         """Parameters and running statistics by name: reading copies out, assigning copies in."""
         runtime = self._built()
-        return Weights(runtime.builder.names, lambda: runtime.memory, self._lock)
+        return Weights(runtime.builder.names, lambda: runtime.memory, self._locks)
 
     @property
     def gradients(self) -> Weights:
         """Gradients of the last backward pass, by the parameters' names."""
         runtime = self._built()
-        return Weights(list(runtime.builder.segments), lambda: runtime.memory, self._lock, gradients=True)
+        return Weights(list(runtime.builder.segments), lambda: runtime.memory, self._locks, gradients=True)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Copies of every parameter and running statistic."""
-        with self._lock:
+        with self._locks.memory:
             return dict(self.weights)
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Put back what `get_state` gave, all of it or, when it raises, nothing."""
+        """Put back what `get_state` gave, or a part of it; when it raises, nothing has been written."""
         self.weights.assign(state)
 
     def plan(self, backend: str = "cuda", batch_size: int = 32) -> str:
@@ -235,7 +270,7 @@ class Net:
 
     def explain(self) -> str:
         """Which back end runs this model with how many threads, and why not another."""
-        with self._lock:
+        with self._locks.memory:
             return describe.explain(self._built(), self.program)
 
     def summary(self) -> str:
@@ -247,40 +282,53 @@ class Net:
     # ------------------------------------------------------------------ copies and files
     def clone(self) -> Self:
         """A new net of the same layers, seed and settings, with nothing learned."""
-        with self._lock:
-            net = type(self)([copy.copy(layer) for layer in self.layers], self.seed)
+        with self._locks.memory:
+            net = type(self)([copy.copy(layer) for layer in self._layers], self.seed)
             net._settings = self._settings
             net._state.lr = 0.0 if self.optimizer is None else self.optimizer.lr
         return net
 
     def _snapshot(self, moments: bool = True) -> Snapshot:
-        with self._lock:
-            runtime = self._runtime
-            tensors = {} if runtime is None else Snapshot.read(runtime.memory, runtime.builder.names, moments)
-            width, state = None if runtime is None else runtime.builder.width, copy.deepcopy(self._state)
-            layers = [copy.copy(layer) for layer in self.layers]
-            names, extra = copy.copy(self.feature_names), copy.deepcopy(self.extra)
-            return Snapshot(layers, self.seed, width, self._settings, state, tensors, names, extra)
+        with self._locks.memory:
+            if self._locks.at_work:
+                self._locks.refuse()
+            if not isinstance(self.extra, Mapping):
+                raise TypeError(f"extra: expected a mapping, found {type(self.extra).__name__}")
+            runtime, state = self._runtime, copy.deepcopy(self._state)
+            width = None if runtime is None else runtime.builder.width
+            return Snapshot(
+                layers=[copy.copy(layer) for layer in self._layers],
+                seed=self._seed,
+                width=width,
+                settings=self._settings,
+                state=state,
+                tensors={} if runtime is None else read(runtime, moments, gradients=state.rows > 0),
+                feature_names=copy.copy(self._feature_names),
+                extra=copy.deepcopy(dict(self.extra)),
+                attributes={name: value for name, value in vars(self).items() if name not in _OWN},
+            )
 
     def __copy__(self) -> Self:
         return type(self)._restored(self._snapshot())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)._restored(self._snapshot())
+        snapshot = self._snapshot()
+        return type(self)._restored(replace(snapshot, attributes=copy.deepcopy(snapshot.attributes, memo)))
 
     def __reduce__(self) -> tuple[Callable[[Snapshot], Self], tuple[Snapshot]]:
         return type(self)._restored, (self._snapshot(),)
 
     @classmethod
     def _restored(cls, snapshot: Snapshot) -> Self:
-        """The net of a snapshot."""
-        net = cls(snapshot.layers, snapshot.seed)
+        """The net of a snapshot; a subclass's own ``__init__`` is not called, its attributes come with the snapshot."""
+        net = cls.__new__(cls)
+        Net.__init__(net, snapshot.layers, snapshot.seed)
         net._settings = snapshot.settings
         if snapshot.width is not None:
             net.build(snapshot.width)
-            net.set_state(snapshot.weights)
-            snapshot.write_moments(net._runtime.memory)
-        net._state, net.extra, net.feature_names = snapshot.state, snapshot.extra, snapshot.feature_names
+            snapshot.write(net._runtime)
+        net._state, net.extra, net._feature_names = snapshot.state, snapshot.extra, snapshot.feature_names
+        vars(net).update(snapshot.attributes)
         return net
 
     def save(
@@ -307,8 +355,14 @@ class Net:
         snapshot = self._snapshot(optimizer)
         description = snapshot.describe()
         if extra is not None:
+            if not isinstance(extra, Mapping):
+                raise TypeError(f"extra: expected a mapping, found {type(extra).__name__}")
             description["extra"] = dict(extra)
         checkpoint.write(path, snapshot.tensors, description)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}([{', '.join(repr(layer) for layer in self.layers)}], seed={self.seed})"
+        return f"{type(self).__name__}([{', '.join(repr(layer) for layer in self._layers)}], seed={self.seed})"
+
+
+#: Attributes of every net; whatever else stands on one is its user's, and copied with it.
+_OWN = frozenset(vars(Net([])))

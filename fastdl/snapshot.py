@@ -7,7 +7,7 @@ there as ``optimizer/<state>/<parameter>``, so that a net that is loaded goes on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,29 @@ from fastdl.checks import whole
 from fastdl.inputs import whole_number
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer, from_config
+from fastdl.run.runtime import Runtime
 from fastdl.run.settings import Settings, cannot_run
 from fastdl.run.state import TrainState
-from fastdl.run.storage import Memory
 
 #: Layers of a net that a file may describe: more are not a net, but a way to keep the reader busy.
 MOST_LAYERS = 10_000
-#: Where the tensors of the optimiser stand in a file. Names of layers end in a number, so none begins like this.
-MOMENTS = "optimizer/"
+#: Where the tensors of the optimiser stand, and gradients that wait for the update. Names of layers end in a number, so
+#: none begins like this.
+MOMENTS, GRADIENTS = "optimizer", "gradients"
+
+
+def read(runtime: Runtime, moments: bool, gradients: bool) -> dict[str, np.ndarray]:
+    """Copies of a net's tensors in plain layout."""
+    memory = runtime.memory
+    memory.pull()
+    parameters, states = memory.parameters, memory.states
+    own = parameters.layout.offsets
+    tensors = {name: (parameters if name in own else states).read(name) for name in runtime.builder.names}
+    for key, values in memory.moments.items() if moments else ():
+        tensors |= {f"{MOMENTS}/{key}/{name}": parameters.read(name, values) for name in own}
+    if gradients:
+        tensors |= {f"{GRADIENTS}/{name}": parameters.read(name, memory.gradients) for name in own}
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -40,31 +55,21 @@ class Snapshot:
     tensors: dict[str, np.ndarray]
     feature_names: list[str] | None
     extra: dict[str, Any]
+    attributes: dict[str, Any] = field(default_factory=dict)  #: of a user's own; they are no part of a file
 
-    # ------------------------------------------------------------------ from and into memory
-    @staticmethod
-    def read(memory: Memory, names: list[str], moments: bool) -> dict[str, np.ndarray]:
-        """Copies of all tensors in plain layout."""
-        memory.pull()
-        parameters, states = memory.parameters, memory.states
-        tensors = {n: (parameters if n in parameters.layout.offsets else states).read(n) for n in names}
-        for key, values in memory.moments.items() if moments else ():
-            for name in parameters.layout.offsets:
-                tensors[f"{MOMENTS}{key}/{name}"] = parameters.read(name, values)
-        return tensors
-
-    def write_moments(self, memory: Memory) -> None:
-        """Put the optimiser's tensors back; without any it starts anew."""
+    def write(self, runtime: Runtime) -> None:
+        """Put all tensors back; without moments the optimiser starts anew."""
+        memory = runtime.memory
         for name, value in self.tensors.items():
-            if name.startswith(MOMENTS):
-                key, _, parameter = name.removeprefix(MOMENTS).partition("/")
+            kind, _, rest = name.partition("/")
+            if kind == GRADIENTS:
+                memory.parameters.write(rest, value, memory.gradients)
+            elif kind == MOMENTS:
+                key, _, parameter = rest.partition("/")
                 memory.parameters.write(parameter, value, memory.moments[key])
+            else:
+                (memory.parameters if name in memory.parameters.layout.offsets else memory.states).write(name, value)
         memory.changed()
-
-    @property
-    def weights(self) -> dict[str, np.ndarray]:
-        """Parameters and running statistics alone."""
-        return {name: value for name, value in self.tensors.items() if not name.startswith(MOMENTS)}
 
     # ------------------------------------------------------------------ from and into a file
     def describe(self) -> dict[str, Any]:
@@ -149,9 +154,10 @@ class Snapshot:
         builder = Builder(named(self.layers), self.width, self.seed, self.settings.dtype)
         parameters = {name: s.buffer.shape for name, s in builder.segments.items()}
         shapes = parameters | {name: s.buffer.shape for name, s in builder.states.items()}
-        kept, moments = self.settings.optimizer.states, any(name.startswith(MOMENTS) for name in self.tensors)
-        for key in kept if moments else ():
-            shapes |= {f"{MOMENTS}{key}/{name}": shape for name, shape in parameters.items()}
+        kinds = {name.partition("/")[0] for name in self.tensors}
+        kept, moments = self.settings.optimizer.states, MOMENTS in kinds
+        for prefix in [f"{MOMENTS}/{key}" for key in kept if moments] + [GRADIENTS] * (GRADIENTS in kinds):
+            shapes |= {f"{prefix}/{name}": shape for name, shape in parameters.items()}
         if other := set(self.tensors) ^ set(shapes):
             raise ValueError(f"tensors {sorted(other)[:10]} do not match the layers")
         for name, shape in shapes.items():

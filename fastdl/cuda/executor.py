@@ -214,6 +214,7 @@ class CudaExecutor(Executor):
             self.memory.mirror.wrote()
         for buffer, array in self._outputs.items():
             array[...] = self.stored(buffer)[: array.shape[0]]
+        self._runs += 1
 
     # ------------------------------------------------------------------ epochs
     #: Seconds are known of the slice before only: a call comes back with its own steps in the queue.

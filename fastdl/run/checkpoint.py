@@ -45,15 +45,30 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], descr
     tensors : mapping name -> array
     description : mapping
         Whatever rebuilds the net; it must survive a round trip through JSON.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The description is no JSON, or too long; nothing has been written then.
+    OSError
     """
     import json
 
+    import safetensors
     import safetensors.numpy
 
     header = {"version": VERSION, "sha256": digest(tensors), "description": description}
     # safetensors copies the memory as it lies, so every array must be dense and in row order
     dense = {name: np.require(value, requirements="C") for name, value in tensors.items()}
-    data = safetensors.numpy.save(dense, {KEY: json.dumps(header, allow_nan=False, default=_plain)})
+    try:
+        text = json.dumps(header, allow_nan=False, default=_plain)
+        data = safetensors.numpy.save(dense, {KEY: text})
+    except safetensors.SafetensorError as error:  # its header has 100 MB at most
+        raise ValueError(f"{os.fspath(path)}: a description of {len(text):,} letters does not fit: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{os.fspath(path)}: the description is nested too deep to be written") from None
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: the description cannot be written as JSON: {error}") from None
 
     target, temporary = _places(path)
     try:
@@ -72,6 +87,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], descr
 
 def _plain(value: Any) -> Any:
     """NumPy's scalars as JSON has them."""
+    if isinstance(value, np.longdouble):  # whose item() is one again
+        return float(value)
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written to a model file as JSON")

@@ -80,6 +80,7 @@ class Executor(ABC):
         self._slots: dict[Buffer, np.ndarray | None] = {}
         self.stats = next((c.buffers["stats"] for c in program.calls if c.buffers.get("stats")), None)
         self.totals = np.zeros(4)  # of an epoch: loss * mass, mass (rows or weights), correct, rows
+        self._runs = 0
         self.impls = [self._choose(call) for call in program.calls]
 
     def _storage(self, size: int) -> Any:
@@ -174,6 +175,11 @@ class Executor(ABC):
         self._clear(run, loss="loss" in of_rows, gradients="backward" in of_rows)
         if "update" in phases:
             self._run(run, "update")
+
+    @property
+    def runs(self) -> int:
+        """Runs that are done: they count where an interrupt is raised right behind one."""
+        return self._runs
 
     def _clear(self, run: Run, loss: bool, gradients: bool) -> None:
         if loss:

@@ -1,58 +1,65 @@
-"""The lock of a net: one caller at a time, in turn, and fresh ones in a forked child."""
+"""The locks of a net: trainings in turn, one caller at its memory, and fresh ones in a forked child."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
-from typing import Any
 
-_locks: weakref.WeakSet[NetLock] = weakref.WeakSet()
+from fastdl.errors import NetAtWork
+
+_all: weakref.WeakSet[NetLocks] = weakref.WeakSet()
 
 
-class NetLock:
-    """A re-entrant lock that a long training hands over between two slices.
+class NetLocks:
+    """Python's own re-entrant locks, taken by ``with`` alone.
 
-    Python's lock goes to whoever asks first after its release, which is the training again: it holds the interpreter.
-    So whoever finds the lock taken waits for it with ``_turn`` in his hands, and `give_way` takes ``_turn`` before it
-    takes the lock back. ``quick`` is the lock itself, for calls of a microsecond while nothing trains. ``depth`` counts
-    what its holder says is under way; a child that is forked by another thread begins with 0.
+    An interrupt is raised between two steps of Python, never inside of such a ``with``. A lock written in Python would
+    stay held for ever where one arrives behind its ``acquire``.
+
+    Attributes
+    ----------
+    training : RLock
+        Held by a training from its first step to its last; taken before ``memory``.
+    memory : RLock
+        Held by whoever is at the tensors. A training lets go of it between slices and while callbacks run.
+    depth : int
+        Calls of `fit` under way, one inside a callback of the other.
+    at_work : bool
+        The holder of ``memory`` has arrays bound to a Program. A signal handler or a finalizer runs in the thread that
+        holds the lock, in the middle of it: it must not bind others.
     """
 
     def __init__(self) -> None:
-        self.quick, self._turn, self.depth = threading.RLock(), threading.Lock(), 0
-        _locks.add(self)
+        self.training, self.memory = threading.RLock(), threading.RLock()
+        self.depth, self.at_work = 0, False
+        _all.add(self)
 
-    def __enter__(self) -> None:
-        if not self.quick.acquire(blocking=False):
-            with self._turn:
-                self.quick.acquire()
-
-    def __exit__(self, *_: Any) -> None:
-        self.quick.release()
-
-    def give_way(self) -> None:
-        """Let those who wait go first. The caller holds the lock once."""
-        self.quick.release()
-        try:
-            with self._turn:  # whoever waits has it until the lock is his
-                pass
-        finally:  # an interrupt must find the lock held, as its holder releases it
-            self.quick.acquire()
+    def refuse(self) -> None:
+        """Raise where ``at_work`` was found set by who holds the lock."""
+        raise NetAtWork(
+            "this net is at work in this thread: expected a call between two of its own, found one from a signal "
+            "handler or a finalizer; set a flag there (net.stop_training = True, say) and call the net when it is done"
+        )
 
     def _renew(self) -> None:
-        self._turn = threading.Lock()
-        if self.quick.acquire(blocking=False):  # free, or held by the thread that forked
-            self.quick.release()
-        else:
-            self.quick, self.depth = threading.RLock(), 0
+        for name in ("training", "memory"):
+            lock = getattr(self, name)
+            if lock.acquire(blocking=False):  # free, or held by the thread that forked
+                lock.release()
+                continue
+            setattr(self, name, threading.RLock())
+            if name == "training":
+                self.depth = 0
+            else:
+                self.at_work = False
 
 
 def _after_fork() -> None:
-    for lock in list(_locks):
-        lock._renew()
+    for locks in list(_all):
+        locks._renew()
 
 
 if hasattr(os, "register_at_fork"):
-    # A thread that held the lock is not in the child, and would hold it for ever.
+    # A thread that held a lock is not in the child, and would hold it for ever.
     os.register_at_fork(after_in_child=_after_fork)

@@ -132,6 +132,10 @@ class NativeExecutor(Executor):
         first, last = self._heads(phases)
         native.run(first, last, **vars(run))
 
+    @property
+    def runs(self) -> int:
+        return 0 if self._native is None else self._native.runs
+
     def steps(self, count: int, batch: int, run: Run, steps: int) -> None:
         if self._empty:
             self._check_slots(PHASES)
@@ -143,4 +147,6 @@ class NativeExecutor(Executor):
         finally:
             run.step += steps
             run.update += steps
-            run.offset = min(count, run.offset + steps * batch)
+            run.offset += steps * batch
+            if run.offset > count:
+                run.offset = count

@@ -67,6 +67,7 @@ class PythonExecutor(Executor):
             call = self.program.calls[k]
             runtime = {name: values[name] for name in self._runtime[k]}
             self.impls[k].fn(*arrays[k], **call.params, **runtime, threads=self._threads[k])
+        self._runs += 1
 
     @contextlib.contextmanager
     def _own_state(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from fastdl.errors import BackendUnavailable, TrainingInProgress
 from fastdl.kernels import dispatch
 from fastdl.kernels.registry import BACKENDS
 from fastdl.program import Program
-from fastdl.run.lock import NetLock
+from fastdl.run.lock import NetLocks
 from fastdl.run.placement import Placement, threads_of
 from fastdl.run.settings import Settings
 from fastdl.run.storage import Memory
@@ -31,12 +31,13 @@ class Runtime:
     ----------
     builder : Builder
     settings : Settings
-    training : NetLock
-        Its ``depth`` counts the trainings under way.
+    locks : NetLocks
+        Tell whether a training is under way.
     """
 
-    def __init__(self, builder: Builder, settings: Settings, training: NetLock) -> None:
-        self.builder, self.settings, self.training = builder, settings, training
+    def __init__(self, builder: Builder, settings: Settings, locks: NetLocks) -> None:
+        self.builder, self.settings, self.locks = builder, settings, locks
+        self.pending = False  #: a pass for `backward`, or gradients of one, wait for the update
         self._auto: str | None = None
         self._copy: tuple[Placement, int] | None = None  # and the version of the values that it has
         self.placement = Placement(builder, settings, _able(self.wanted(), settings))
@@ -93,12 +94,14 @@ class Runtime:
         wanted = self.wanted()
         if wanted == self.placement.backend:
             return self.placement
-        if not self.training.depth and config.context_backend() is None:
+        if not (self.locks.depth or self.pending) and config.context_backend() is None:
             return self.working()  # back home
         return self._copied(_able(wanted, self.settings))
 
     def _move(self, backend: str, settings: Settings, moments: bool = True) -> None:
-        if self.training.depth:
+        if self.locks.at_work:
+            self.locks.refuse()
+        if self.locks.depth:
             raise TrainingInProgress(
                 f"this net is training on {self.placement.backend!r}: expected nobody to move it to {backend!r} or to "
                 "compile it before fit has returned; predict and evaluate answer from a copy"

@@ -10,6 +10,10 @@ import numpy as np
 from fastdl.checks import whole
 from fastdl.optimizers import check_lr
 
+#: Counters have 32 bits. After the last step comes the first again, so masks repeat after 4e9 steps. Moments of that
+#: many updates age no more.
+MOST = 2**32 - 1
+
 
 @dataclass
 class TrainState:
@@ -46,9 +50,7 @@ class TrainState:
 
     def advance(self) -> None:
         """One step of the optimiser is done."""
-        self.step += 1
-        self.update += 1
-        self.rows = 0
+        self.step, self.update, self.rows = (self.step + 1) & MOST, min(self.update + 1, MOST), 0
 
     def to_config(self) -> dict[str, Any]:
         """JSON values; `from_config` reads them."""

@@ -57,14 +57,15 @@ class Memory:
         return (self.gradients if arena == "gradients" else self.moments[arena])[first:last]
 
     def take(self, other: Memory, moments: bool = True) -> None:
-        """Copy the values of another layout in, and the moments."""
+        """Copy the values of another layout in, with the ``moments`` and the gradients where these are wanted."""
         other.pull()
         for mine, theirs in ((self.parameters, other.parameters), (self.states, other.states)):
             for name in theirs.layout.offsets:
                 mine.write(name, theirs.read(name))
-        for key in self.moments if moments else ():
+        kept = [(self.moments[key], other.moments[key]) for key in self.moments] if moments else []
+        for mine, theirs in [*kept, (self.gradients, other.gradients)] if moments else ():
             for name in other.parameters.layout.offsets:
-                self.parameters.write(name, other.parameters.read(name, other.moments[key]), self.moments[key])
+                self.parameters.write(name, other.parameters.read(name, theirs), mine)
         self.changed()
 
     def changed(self) -> None:

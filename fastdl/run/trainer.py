@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from fastdl.callbacks import Callback
 from fastdl.run.executor import Run
-from fastdl.run.lock import NetLock
+from fastdl.run.lock import NetLocks
 from fastdl.run.placement import DataSet
-from fastdl.run.state import TrainState
+from fastdl.run.state import MOST, TrainState
 
 #: Seconds that one engine call may take: Ctrl-C, the progress bar and other Python threads wait for so long.
 SLICE = 0.1
+#: And that a training stands back after one, for others who wait for the net: Python's locks go to whoever asks first,
+#: which is the training, as a thread that is woken needs 50 us.
+STAND_BACK = 2e-4
 
 
 class Progress:
@@ -46,8 +49,8 @@ class Trainer:
     ----------
     data : DataSet
     state : TrainState
-    lock : NetLock
-        Held during a slice of steps, free between two slices and while callbacks run.
+    locks : NetLocks
+        That of the memory is held during a slice of steps, and free between two slices and while callbacks run.
     count, batch : int
         Rows of the data set and of a step.
     metric : str, optional
@@ -55,10 +58,11 @@ class Trainer:
     """
 
     def __init__(
-        self, data: DataSet, state: TrainState, lock: NetLock, count: int, batch: int, metric: str | None
+        self, data: DataSet, state: TrainState, locks: NetLocks, count: int, batch: int, metric: str | None
     ) -> None:
-        self.data, self.executor, self.state, self.lock = data, data.executor, state, lock
+        self.data, self.executor, self.state, self.locks = data, data.executor, state, locks
         self.count, self.batch, self.metric = count, batch, metric
+        self.stood_back = 0.0
 
     def run(
         self,
@@ -90,7 +94,7 @@ class Trainer:
                 for name, value in logs.items():
                     history.setdefault(name, []).append(value)
                 progress.epoch(logs)
-                state.epoch += 1
+                state.epoch = (state.epoch + 1) & MOST
                 for callback in callbacks:
                     callback.on_epoch_end(epoch, logs)
                 if state.stop:
@@ -103,35 +107,47 @@ class Trainer:
         return history
 
     def _epoch(self) -> dict[str, float]:
-        state, executor = self.state, self.executor
-        with self.lock:
-            run = Run(rows=0, step=state.step, update=state.update, epoch=state.epoch, lr=state.lr)
-            state.rows = 0
+        state, executor, locks = self.state, self.executor, self.locks
+        run = Run(rows=0, step=state.step, update=state.update, epoch=state.epoch, lr=state.lr)
+        state.rows = 0
+        steps = executor.epoch(run, self.count, self.batch)
+        with locks.memory:
             self.data.bind()
-            with executor.epoch(run, self.count, self.batch):
-                for _ in self._slices(run):
-                    self.lock.give_way()
-            state.totals[:] = executor.totals
-            state.offset = 0
-            loss, mass, correct, rows = state.totals
+            steps.__enter__()
+        try:
+            self._slices(run)
+        finally:
+            with locks.memory:
+                steps.__exit__(None, None, None)
+                loss, mass, correct, rows = executor.totals
+        state.offset = 0
         logs = {"loss": float(loss / mass) if mass else math.nan}
         if self.metric is not None:
             logs[self.metric] = float(correct / rows)
         return logs
 
-    def _slices(self, run: Run) -> Iterator[None]:
+    def _slices(self, run: Run) -> None:
         """Run one epoch in slices of about `SLICE` seconds."""
-        state, executor = self.state, self.executor
+        state, executor, locks = self.state, self.executor, self.locks
         left = -(-self.count // self.batch)
         chunk = 1
         while left:
             steps = min(chunk, left)
             start = time.perf_counter()
-            try:
-                executor.steps(self.count, self.batch, run, steps)
-            finally:  # an interrupt arrives between two slices: the steps taken stay taken
-                state.step, state.update, state.offset = run.step, run.update, run.offset
-            seconds = time.perf_counter() - start
+            with locks.memory:
+                if locks.at_work:
+                    locks.refuse()
+                try:
+                    locks.at_work = True
+                    run.step, run.update = state.step, state.update  # a handler may have trained in between
+                    executor.steps(self.count, self.batch, run, steps)
+                finally:  # an interrupt arrives between two slices: the steps taken stay taken
+                    run.step, run.update = run.step & MOST, run.update if run.update < MOST else MOST
+                    state.step, state.update, state.offset = run.step, run.update, run.offset
+                    locks.at_work = False
+            now = time.perf_counter()
             left -= steps
-            yield
-            chunk = max(1, int(steps * min(executor.growth, SLICE / max(seconds, 1e-6))))
+            chunk = max(1, int(steps * min(executor.growth, SLICE / max(now - start, 1e-6))))
+            if now - self.stood_back > SLICE / 2:
+                self.stood_back = now
+                time.sleep(STAND_BACK)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from fastdl import convert
 from fastdl.run.arena import Arena
+from fastdl.run.lock import NetLocks
 from fastdl.run.storage import Memory
 
 
@@ -24,16 +24,16 @@ class Weights(MutableMapping[str, np.ndarray]):
     names : list of str
     memory : callable
         Where the tensors are now.
-    lock : context manager
-        Held around each access.
+    locks : NetLocks
+        That of the memory is held around each access.
     gradients : bool
         The gradients of the parameters, which cannot be assigned.
     """
 
     def __init__(
-        self, names: list[str], memory: Callable[[], Memory], lock: AbstractContextManager, gradients: bool = False
+        self, names: list[str], memory: Callable[[], Memory], locks: NetLocks, gradients: bool = False
     ) -> None:
-        self._names, self._memory, self._lock, self._gradients = names, memory, lock, gradients
+        self._names, self._memory, self._locks, self._gradients = names, memory, locks, gradients
 
     def _place(self, name: str) -> tuple[Arena, np.ndarray]:
         memory = self._memory()
@@ -44,7 +44,7 @@ class Weights(MutableMapping[str, np.ndarray]):
         raise KeyError(f"no tensor {name!r}; the model has {', '.join(self._names)}")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with self._lock:
+        with self._locks.memory:
             arena, values = self._place(name)
             self._memory().pull()
             return arena.read(name, values)
@@ -63,7 +63,7 @@ class Weights(MutableMapping[str, np.ndarray]):
         """
         if self._gradients:
             raise TypeError("gradients are read-only here; they are written by backward()")
-        with self._lock:
+        with self._locks.memory:
             checked = [self._checked(name, value) for name, value in values.items()]
             memory = self._memory()
             memory.pull()

@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,14 +31,30 @@ _pool: ThreadPoolExecutor | None = None
 
 @dataclass(eq=False)
 class _Limit:
-    """A `limit_blas` block that is running."""
+    """A `limit_blas` block that is running.
+
+    An interrupt may arrive inside the block's own end. The limit then ends with the object, which nobody else keeps.
+    """
 
     threads: int
     holder: int  # the Python thread
+    ended: bool = False
+
+    def end(self) -> None:
+        with _lock:
+            if not self.ended:
+                _limits.discard(self)
+                _apply()
+                _changed.notify_all()
+                self.ended = True
+
+    __del__ = end
 
 
-_changed = threading.Condition(threading.RLock())
-_limits: list[_Limit] = []
+#: Python's own lock in a ``with``: an interrupt cannot leave it held, as it could a Condition.
+_lock = threading.RLock()
+_changed = threading.Condition(_lock)
+_limits: weakref.WeakSet[_Limit] = weakref.WeakSet()
 _as_found: list[tuple[Any, int]] = []  # each BLAS with its own number of threads, while there are limits
 _forks = 0  # that wait
 
@@ -103,7 +120,7 @@ def limit_blas(threads: int) -> Iterator[None]:
     limit = _Limit(threads, here)
     own = [(library, library.get_num_threads()) for library in _libraries(per_thread=True)]
     try:
-        with _changed:
+        with _lock:
             outer = [other.threads for other in _limits if other.holder == here]
             while _forks and not outer:
                 _changed.wait()
@@ -111,15 +128,11 @@ def limit_blas(threads: int) -> Iterator[None]:
                 _set(library, min([threads, *outer]))
             if not _limits:
                 _as_found[:] = [(library, library.get_num_threads()) for library in _libraries(per_thread=False)]
-            _limits.append(limit)
+            _limits.add(limit)
             _apply()
         yield
     finally:
-        with _changed:
-            if limit in _limits:
-                _limits.remove(limit)
-                _apply()
-                _changed.notify_all()
+        limit.end()
         for library, number in own:
             _set(library, number)
 

@@ -230,7 +230,8 @@ cdef void run_steps(void* context, const fd_worker* worker) noexcept nogil:
         if s.count:
             run.offset += run.rows
             run.step += 1
-            run.update += 1
+            if run.update != <uint32_t>0xffffffff:  # moments that old age no more
+                run.update += 1
     fd_restore_denormals(mode)
 
 
@@ -267,6 +268,7 @@ cdef class NativeProgram:
     cdef bint changes
     cdef Workspace space
     cdef int threads
+    cdef readonly int64_t runs   # that are done
 
     def __cinit__(self, list calls, int64_t rows, int threads, stats, totals, version, int folds, bint changes):
         cdef int k, n = len(calls)
@@ -338,6 +340,7 @@ cdef class NativeProgram:
         with nogil:
             fd_parallel(run_steps, &s, self.threads, self.space.memory, self.space.private_bytes, self.space.shared,
                         self.space.team)
+        self.runs += 1
         return 0
 
 

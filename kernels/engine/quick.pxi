@@ -32,6 +32,7 @@ cdef class SingleStep:
     cdef list x_places, target_places
     cdef int64_t width, rows, classes
     cdef char kind
+    cdef readonly bint done  # of the last call: a signal is raised as soon as it returns
 
     def __cinit__(self, NativeProgram program, list x, list targets, int64_t width, int64_t rows, bint double,
                   int64_t classes):
@@ -46,11 +47,13 @@ cdef class SingleStep:
         """
         cdef int64_t rows = self.rows_of(x)
         cdef NativeProgram program = self.program
+        self.done = False
         if rows < 1 or not self.are_labels(targets, rows):
             return None
         program.rebind(self.x_places, x)
         program.rebind(self.target_places, targets)
         program._go(0, program.count, run_block(rows, step, epoch, 0, rows, 0, update, lr, 1.0), 0, 0, 1)
+        self.done = True
         return program.stats_at[0]
 
     cdef int64_t rows_of(self, array) except -2:

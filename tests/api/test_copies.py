@@ -96,3 +96,22 @@ def test_a_copy_of_a_net_with_a_loss_of_ones_own() -> None:
     made = fd.Sequential([layers.Dense(1)]).compile(loss).build(6)
     assert copy.deepcopy(made).loss == loss
     assert pickle.loads(pickle.dumps(made)).loss == loss
+
+
+class Named(fd.Sequential):
+    """A subclass with an ``__init__`` and attributes of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__([layers.Dense(3)], seed=2)
+        self.name, self.notes = name, [1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_subclass_is_copied_with_its_attributes(way: str) -> None:
+    made = Named("mine").compile("softmax_cross_entropy", backend="numpy")
+    made.fit(X, Y, verbose=0)
+    other = WAYS[way](made)
+    assert type(other) is Named
+    assert (other.name, other.notes) == ("mine", [1])
+    assert (other.notes is made.notes) == (way == "copy")
+    assert_equal(other, made)

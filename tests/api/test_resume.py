@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -124,6 +125,66 @@ def test_without_the_optimizer_training_starts_with_fresh_moments(tmp_path) -> N
     assert max(steps) <= 1.001  # Adam's first step is lr sign(g)
 
 
+@pytest.mark.parametrize("exact", EXACT)
+def test_a_net_that_diverged_is_saved(exact: str, tmp_path) -> None:
+    made = net(exact, optimizers.SGD(1e30))
+    with np.errstate(all="ignore"):
+        stop = fd.callbacks.EarlyStopping(patience=2)
+        made.fit(X, Y, epochs=4, validation_data=(X, Y), callbacks=[stop], verbose=0)
+    made.save(tmp_path / "net")
+    assert_equal(fd.load(tmp_path / "net", backend=exact), made)
+
+
+def halves(made: fd.Sequential, first: int) -> None:
+    """Go back through one half of the data, adding to the gradients of the other."""
+    rows = slice(45 * first, 45 * first + 45)
+    made.forward(X[rows], training=True)
+    made.backward(np.ones((45, 3)) * (1 + np.arange(3)), accumulate=first > 0)
+
+
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("way", ["file", "copy", "elsewhere"])
+def test_gradients_that_wait_go_along(way: str, exact: str, tmp_path) -> None:
+    whole, parts = net(exact, "sgd"), net(exact, "sgd")
+    halves(whole, 0)
+    if way == "elsewhere" and len(EXACT) > 1:
+        with fd.backend(next(name for name in EXACT if name != exact)):
+            halves(parts, 0)
+        parts.predict(X)
+        parts.evaluate(X, Y)
+    else:
+        halves(parts, 0)
+        parts.save(tmp_path / "net")
+        parts = fd.load(tmp_path / "net", backend=exact) if way == "file" else copy.copy(parts)
+    for n in (whole, parts):
+        halves(n, 1)
+        n.update()
+    for name, value in whole.weights.items():
+        np.testing.assert_allclose(parts.weights[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    alone = net(exact, "sgd")
+    halves(alone, 0)
+    again = copy.copy(alone)
+    for n in (alone, again):
+        n.update()  # with the gradients at hand
+    assert_equal(again, alone)
+
+
+@pytest.mark.skipif(len(EXACT) < 2, reason="the compiled back end is not built")
+def test_a_pass_in_a_context_waits_for_its_backward() -> None:
+    made = net("cython").build(6)
+    with fd.backend("numpy"):
+        made.forward(X, training=True)
+    made.predict(X)  # from a copy: the pass stays
+    made.backward(np.ones((90, 3)))
+    before = dict(made.gradients)
+    made.predict(X)
+    for name, value in before.items():
+        np.testing.assert_array_equal(made.gradients[name], value)
+    made.update()
+    made.predict(X)
+    assert made._runtime.placement.backend == "cython"
+
+
 # ---------------------------------------------------------------------------------------------- older files
 def old_file(made: fd.Sequential, path) -> None:
     """What version 1 wrote: weights and counters."""
@@ -202,10 +263,10 @@ def test_settings_of_numpy_scalars_are_saved(tmp_path) -> None:
     ).compile("softmax_cross_entropy", optimizers.SGD(np.float32(0.25), momentum=np.float64(0.5)))
     made.fit(X, Y, verbose=0)
     made.lr = np.float32(0.125)
-    made.save(tmp_path / "net", extra={"a": np.float32(1.5), "b": np.int8(3), "c": np.True_})
+    made.save(tmp_path / "net", extra={"a": np.float32(1.5), "b": np.int8(3), "c": np.True_, "d": np.longdouble(2)})
     again = fd.load(tmp_path / "net")
     assert again.lr == 0.125
-    assert again.extra == {"a": 1.5, "b": 3, "c": True}
+    assert again.extra == {"a": 1.5, "b": 3, "c": True, "d": 2}
     np.testing.assert_array_equal(again.predict(X), made.predict(X))
 
 
@@ -219,10 +280,36 @@ def test_a_loss_of_ones_own_is_refused_before_anything_is_written(tmp_path) -> N
 
 def test_an_extra_that_is_no_json_is_refused_before_anything_is_written(tmp_path) -> None:
     made = net().build(6)
-    for extra in ({"f": print}, {"a": np.zeros(3)}, {"x": float("nan")}):
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    bad = ({"f": print}, {"a": np.zeros(3)}, {"x": float("nan")}, 5, "abc", {"n": nested}, {"d": "x" * 200_000_000})
+    for extra in bad:
         with pytest.raises((TypeError, ValueError)):
             made.save(tmp_path / "net", extra=extra)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_fixed_cannot_be_assigned(tmp_path) -> None:
+    made = net().build(6)
+    for name in ("layers", "names", "seed", "feature_names"):
+        with pytest.raises(AttributeError):
+            setattr(made, name, [])
+    with pytest.raises(AttributeError):
+        made.layers.append(layers.ReLU())
+    made.extra = "abc"
+    with pytest.raises(TypeError, match="extra: expected a mapping"):
+        made.save(tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"backend": "tpu"}, {"threads": 0}, {"dtype": "float16"}, {"backend": "numpy", "threads": "two"}]
+)
+def test_arguments_of_load_are_not_blamed_on_the_file(arguments: dict, tmp_path) -> None:
+    net().build(6).save(tmp_path / "net")
+    with pytest.raises(ValueError, match=next(reversed(arguments))) as caught:
+        fd.load(tmp_path / "net", **arguments)
+    assert not isinstance(caught.value, ModelFileError)
 
 
 # ---------------------------------------------------------------------------------------------- hostile files
