@@ -11,7 +11,7 @@ import csv
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -42,6 +42,12 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cells, roughly: a cell of text is a pointer, a string of 50 bytes or more, and a number."""
+        arrays = (cells.nbytes if isinstance(cells, np.ndarray) else 66 * len(cells) for cells in self.columns.values())
+        return sum(arrays)
 
     def column(self, name: str) -> Cells:
         try:
@@ -299,10 +305,15 @@ def _read_npz(source: str, target: str | None, needed: Collection[str]) -> Table
                 raise DataError(f"{source}: array {name!r} holds bytes that are not UTF-8 ({error.reason})") from None
         block = array.reshape(len(array), int(np.prod(array.shape[1:])))
         if block.shape[1] == 1 and name != "X":
-            columns[name] = block[:, 0]
+            given = {name: block[:, 0]}
         else:
             blocks[name] = block.shape[1]
-            columns |= {f"{name}[{k}]": block[:, k] for k in range(block.shape[1])}
+            given = {f"{name}[{k}]": block[:, k] for k in range(block.shape[1])}
+        if twice := [column for column in given if column in columns]:
+            raise DataError(
+                f"{source}: two arrays give a column {twice[0]!r}, one by its name and one by its columns; rename one"
+            )
+        columns |= given
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if not columns or len({len(column) for column in columns.values()}) != 1:
         raise DataError(f"{source}: every array needs the same number of rows, found {shapes or 'no array'}")
@@ -314,18 +325,48 @@ def _read_npz(source: str, target: str | None, needed: Collection[str]) -> Table
 def _arrays(source: str, target: str | None, needed: Collection[str]) -> dict[str, np.ndarray]:
     """The arrays of an archive that are used: those that will be asked for, or ``X`` and the target, or all."""
     with open(source, "rb") as file:
+        _check_archive(source, file)
         try:
             with np.load(file, allow_pickle=False) as archive:
                 names = archive.files
+                if len(set(names)) < len(names):
+                    raise DataError(f"{source}: the archive holds two arrays of one name: {listed(names)}")
                 if target is not None and target not in names:
                     raise DataError(f"{source}: there is no array {target!r}; arrays: {listed(names) or 'none'}")
                 if "X" in names:
                     names = [name for name in names if name in ("X", target)]
                 arrays_of = {*needed, *(name.rpartition("[")[0] for name in needed)}
                 names = [name for name in names if name in arrays_of] or names
-                return {name: archive[name] for name in names}
+                return {name: _array(source, archive, name) for name in names}
         except DataError:
             raise
         except Exception as error:  # a damaged archive raises what zipfile, zlib, lzma, tokenize and ast think of it
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise DataError(f"{source}: not a NumPy archive of plain arrays ({what})") from None
+
+
+def _check_archive(source: str, file: BinaryIO) -> None:
+    """Tell other files by how they begin: np.load takes them for arrays, or for pickles that it advises to allow."""
+    begin = file.read(6)
+    file.seek(0)
+    if not begin:
+        raise DataError(f"{source}: the file is empty")
+    if begin == b"\x93NUMPY":
+        raise DataError(
+            f"{source}: one array, as np.save writes it (.npy); an NPZ file holds several by name: "
+            "np.savez(path, X=X, y=y)"
+        )
+    if not begin.startswith(b"PK"):
+        raise DataError(f"{source}: no NPZ archive, in spite of its name; a CSV file must be called .csv or .txt")
+
+
+def _array(source: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise DataError(
+            f"{source}: array {name!r} holds Python objects, expected numbers or text; save it with .astype(float) or "
+            ".astype(str)"
+        ) from None
