@@ -1,5 +1,12 @@
 """``python -m fastdl``."""
 
-from fastdl.cli import main
+import sys
 
-raise SystemExit(main())
+try:
+    from fastdl.cli import main
+
+    status = main()
+except KeyboardInterrupt:  # between the interpreter's start and that of a command
+    print("fastdl: interrupted", file=sys.stderr)
+    status = 130
+raise SystemExit(status)
