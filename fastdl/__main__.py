@@ -7,6 +7,7 @@ try:
 
     status = main()
 except KeyboardInterrupt:  # between the interpreter's start and that of a command
-    print("fastdl: interrupted", file=sys.stderr)
+    if sys.stderr is not None:
+        sys.stderr.write("fastdl: interrupted\n")
     status = 130
 raise SystemExit(status)

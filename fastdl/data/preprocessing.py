@@ -202,7 +202,7 @@ class Preprocessing:
         out = np.empty((count, self.width), dtype)
         at = 0
         for column in self.columns:
-            out[:, at : at + column.width] = _encoded(table, column, out.dtype)[rows]
+            out[:, at : at + column.width] = _encoded(table, column, out.dtype, rows)
             at += column.width
         return out
 
@@ -304,11 +304,11 @@ def _describe_column(table: Table, name: str, categorical: bool) -> Column:
     return Column(name, levels=tuple(levels))
 
 
-def _encoded(table: Table, column: Column, dtype: np.dtype) -> np.ndarray:
-    """The features of one column, (N, width)."""
+def _encoded(table: Table, column: Column, dtype: np.dtype, rows: np.ndarray | slice) -> np.ndarray:
+    """The features of one column, (rows, width)."""
     if column.levels is None:
         values = table.numbers(column.name, column.numbers)
-        return _standardised(table, column.name, values, column.mean, column.std, dtype)
+        return _standardised(table, column.name, values, column.mean, column.std, dtype)[rows]
     texts = table.texts(column.name)
     index = {level: k for k, level in enumerate(column.levels)}
     codes = np.fromiter((index.get(text.strip(), -1) for text in texts), np.int64, len(texts))
@@ -316,7 +316,7 @@ def _encoded(table: Table, column: Column, dtype: np.dtype) -> np.ndarray:
     if len(unknown):
         text = texts[unknown[0]]
         raise table.error(column.name, unknown, f"unknown category {text!r}; known: {listed(column.levels)}")
-    return codes[:, None] == np.arange(column.width)
+    return codes[rows][:, None] == np.arange(column.width)
 
 
 def _standardised(table: Table, name: str, values: np.ndarray, mean: float, std: float, dtype: np.dtype) -> np.ndarray:

@@ -11,7 +11,7 @@ import csv
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO, TextIO
+from io import BufferedReader, TextIOWrapper
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from fastdl.errors import DataError
 MISSING = ("", "nan", "na", "n/a", "null", "none", "?")
 #: Cells that a program writes where a number has become too large.
 INFINITE = tuple(sign + word for sign in ("", "+", "-") for word in ("inf", "infinity"))
+
+#: How archives (NPZ files, spreadsheets) and single arrays of NumPy begin.
+ZIP, NPY = (b"PK\x03\x04", b"PK\x05\x06"), b"\x93NUMPY"
 
 #: Cells of one column: text as it stands in a CSV file, or an array of an NPZ file.
 Cells = Sequence[str] | np.ndarray
@@ -213,6 +216,8 @@ def read_table(path: str | os.PathLike[str], target: str | None = None, needed: 
 # ------------------------------------------------------------------ CSV
 def _read_csv(source: str, needed: Collection[str]) -> Table:
     with open(source, encoding="utf-8-sig", newline="") as file:
+        if file.buffer.peek(6).startswith((*ZIP, NPY)):
+            raise DataError(f"{source}: no text but an archive (a spreadsheet, or NPZ) or an array; save it as CSV")
         reader = csv.reader(_lines(source, file), strict=True, skipinitialspace=True)
         try:
             names: list[str] = []
@@ -248,7 +253,7 @@ def _read_csv(source: str, needed: Collection[str]) -> Table:
     return table
 
 
-def _lines(source: str, file: TextIO) -> Iterator[str]:
+def _lines(source: str, file: TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         if "\0" in line:
             raise DataError(f"{source}: line {number}: NUL characters; save the file as UTF-8 text")
@@ -345,18 +350,17 @@ def _arrays(source: str, target: str | None, needed: Collection[str]) -> dict[st
             raise DataError(f"{source}: not a NumPy archive of plain arrays ({what})") from None
 
 
-def _check_archive(source: str, file: BinaryIO) -> None:
+def _check_archive(source: str, file: BufferedReader) -> None:
     """Tell other files by how they begin: np.load takes them for arrays, or for pickles that it advises to allow."""
-    begin = file.read(6)
-    file.seek(0)
+    begin = file.peek(6)[:6]
     if not begin:
         raise DataError(f"{source}: the file is empty")
-    if begin == b"\x93NUMPY":
+    if begin == NPY:
         raise DataError(
             f"{source}: one array, as np.save writes it (.npy); an NPZ file holds several by name: "
             "np.savez(path, X=X, y=y)"
         )
-    if not begin.startswith(b"PK"):
+    if not begin.startswith(ZIP):
         raise DataError(f"{source}: no NPZ archive, in spite of its name; a CSV file must be called .csv or .txt")
 
 

@@ -11,7 +11,6 @@ import pytest
 import fastdl as fd
 from fastdl import cli, data
 from fastdl.data.preprocessing import Column, Preprocessing
-from fastdl.errors import DataError
 from fastdl.run import checkpoint
 
 QUICK = ["--epochs", "1", "--layers", "4", "--no-baseline", "--quiet"]
@@ -83,27 +82,6 @@ def test_a_full_disk_at_the_end_of_a_training(run, written, tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     status, _, stderr = run("train", written(TABLE), "--target", "y", *QUICK, "--save", tmp_path / "net")
     assert (status, stderr) == (1, f"fastdl: {tmp_path / 'net'}: No space left on device\n")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: path.write_text("a,b\n1,2\n"), "no NPZ archive, in spite of its name; a CSV file must be called"),
-        (lambda path: path.write_bytes(b"\x80\x04K\x01."), "no NPZ archive"),  # a pickle
-        (lambda path: path.write_bytes(b""), "the file is empty"),
-        (lambda path: np.save(path.open("wb"), np.ones((3, 2))), r"one array, as np.save writes it \(.npy\)"),
-        (
-            lambda path: np.savez(path, X=np.array([[1, "a"]], object), y=np.ones(1)),
-            "array 'X' holds Python objects, expected numbers or text",
-        ),
-    ],
-)
-def test_archives_that_are_none(tmp_path, make, message):
-    path = tmp_path / "t.npz"
-    make(path)
-    with pytest.raises(DataError, match=message) as error:
-        data.read_table(path, "y")
-    assert "allow_pickle" not in str(error.value)
 
 
 # columns
