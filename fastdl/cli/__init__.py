@@ -1,6 +1,7 @@
 """The command line: ``train`` a net on the digits or on a table, ``predict`` with a saved one, ``info``, ``cubins``.
 
-Mistakes of the caller end in one line on stderr and exit status 1 (2 for the command line itself, 130 for Ctrl-C).
+Mistakes of the caller end in one line on stderr and exit status 1 (2 for the command line itself, 130 for Ctrl-C), as
+does a training that diverges: then nothing is saved.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import sys
 from collections.abc import Sequence
 
+from fastdl._version import __version__
 from fastdl.cli import info, predict, train
 from fastdl.cli.output import close_outputs, tell
 from fastdl.errors import FastdlError
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastdl", description="Dense neural networks, trained by compiled kernels."
     )
+    parser.add_argument("--version", action="version", version=f"fastdl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{train,predict,info,cubins}")
     show = argparse.ArgumentDefaultsHelpFormatter
     for name, run, add_options, text in (
@@ -76,6 +79,6 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         add_options(command)
         if name in ("train", "predict"):
-            command.add_argument("--backend", default="auto", help="auto, cython, numba or numpy")
+            command.add_argument("--backend", default="auto", help="auto, cython, numba, numpy or cuda")
             command.add_argument("--threads", type=_threads, default="auto", help="auto, or a number")
     return parser

@@ -11,7 +11,8 @@ import numpy as np
 
 import fastdl as fd
 from fastdl import data
-from fastdl.cli.output import tell_notices
+from fastdl.cli.output import keep_inputs, naming, tell_notices
+from fastdl.data.table import listed
 from fastdl.errors import DataError
 
 _SPECIAL = re.compile('[,"\r\n]')
@@ -24,8 +25,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    net = fd.load(options.model, backend=options.backend, threads=options.threads)
+    if options.out is not None:
+        keep_inputs("--out", options.out, options.model, *([] if options.data == "digits" else [options.data]))
+    with naming(options.model):
+        net = fd.load(options.model, backend=options.backend, threads=options.threads)
     preprocessing = _preprocessing(options.model, net.extra)
+    if spoiled := [name for name, values in net.weights.items() if not np.isfinite(values).all()]:
+        raise DataError(
+            f"{options.model}: weights that are not finite ({listed(spoiled, 3)}): the training of this net diverged; "
+            "train it again, with a smaller learning rate"
+        )
+    if options.out is None:
+        _check_terminal(preprocessing)
     table = _table(options.data, preprocessing)
     outputs = _outputs(net, preprocessing, table)
     columns = {"prediction": preprocessing.answers(outputs)}
@@ -33,15 +44,29 @@ def run(options: argparse.Namespace) -> None:
     if preprocessing.classes is not None:
         columns["probability"] = _softmax(outputs).max(axis=1)
     if options.out is None:
-        if sys.stdout is None:
-            raise ValueError("there is no standard output; name a file with --out")
         _write(sys.stdout, columns)
-    elif options.out.lower().endswith(".npz"):
-        with open(options.out, "wb") as file:  # np.savez would add .npz to the name P.NPZ
-            np.savez(file, **{name: _plain(values) for name, values in columns.items()})
-    else:
-        with open(options.out, "w", encoding="utf-8", newline="") as file:
-            _write(file, columns)
+        return
+    with naming(options.out):
+        if options.out.lower().endswith(".npz"):
+            with open(options.out, "wb") as file:  # np.savez would add .npz to the name P.NPZ
+                np.savez(file, **{name: _plain(values) for name, values in columns.items()})
+        else:
+            with open(options.out, "w", encoding="utf-8", newline="") as file:
+                _write(file, columns)
+
+
+def _check_terminal(preprocessing: data.Preprocessing) -> None:
+    """Can standard output take every answer? Half a file of answers helps nobody."""
+    if sys.stdout is None:
+        raise ValueError("there is no standard output; name a file with --out")
+    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    try:
+        "".join(map(str, preprocessing.classes or ())).encode(encoding, errors)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the standard output's encoding, {encoding}, has no {error.object[error.start]!a} of the class names; "
+            "name a file with --out, or set PYTHONIOENCODING=utf-8"
+        ) from None
 
 
 def _preprocessing(model: str, extra: Any) -> data.Preprocessing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import statistics
 import time
@@ -15,7 +16,7 @@ import numpy as np
 
 import fastdl as fd
 from fastdl import data, layers, optimizers
-from fastdl.cli.output import tell, tell_notices
+from fastdl.cli.output import keep_inputs, naming, show, tell, tell_notices
 from fastdl.data.preprocessing import TASKS, Column
 from fastdl.data.table import listed
 from fastdl.errors import DataError
@@ -27,6 +28,8 @@ SPLIT_SEED = 0
 BASELINE_EPOCHS, BASELINE_SECONDS = 6, 2.0
 #: More than any memory holds: the arithmetic of sizes stays in range.
 WIDEST = 2**40
+#: Bytes of names in a model file: the header of a safetensors file has 100 MB, the layers need a part of them.
+LARGEST_DESCRIPTION = 99_000_000
 #: Epochs are counted in 32 bits.
 MOST_EPOCHS = 2**32 - 1
 DIGITS = data.Preprocessing(
@@ -77,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--activation", default="relu", help="activation of the hidden layers")
     add("--dropout", type=float, default=0.2, help="probability to drop a hidden value")
     add("--optimizer", default="adam", help="sgd, adam or adamw")
-    add("--lr", type=float, default=3e-3, help="learning rate")
+    add("--lr", type=float, default=3e-3, help="learning rate; if the training diverges, try a smaller one")
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64)
     add("--seed", type=int, default=0, help="of weights, dropout and order; not of the held-out rows")
@@ -89,27 +92,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """Training and held-out rows, and how to read a row of either."""
+    """Training rows and then held-out rows, in one array: two of their own would be a copy of the data."""
 
     preprocessing: data.Preprocessing
     X: np.ndarray
     y: np.ndarray
-    train: np.ndarray
-    held: np.ndarray
+    #: how many rows of the training come first
+    split: int
     notices: Sequence[str] = ()
+
+    @property
+    def train(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.X[: self.split], self.y[: self.split]
+
+    @property
+    def held(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.X[self.split :], self.y[self.split :]
 
     def __str__(self) -> str:
         kind = f"{self.preprocessing.outputs} classes" if self.preprocessing.classes else "regression"
         rows, features = self.X.shape
-        return f"{rows:,} rows, {features:,} features, {kind}; {len(self.held):,} rows held out"
+        return f"{rows:,} rows, {features:,} features, {kind}; {rows - self.split:,} rows held out"
 
 
 def _digits(options: argparse.Namespace) -> Problem:
     if options.target or options.categorical or options.drop or options.task != "auto":
         raise ValueError("--target, --task, --categorical and --drop are for files, not for the digits")
     X, y = data.load_digits()
-    _check_memory(options, DIGITS, len(X))
-    return Problem(DIGITS, X, y, *data.stratified_split(y, options.test_fraction, SPLIT_SEED))
+    _check_memory(options, DIGITS, len(X), X.nbytes)
+    train, held = data.stratified_split(y, options.test_fraction, SPLIT_SEED)
+    order = np.concatenate([train, held])
+    return Problem(DIGITS, X[order], y[order], len(train))
 
 
 def _file(options: argparse.Namespace) -> Problem:
@@ -127,23 +140,29 @@ def _file(options: argparse.Namespace) -> Problem:
     if not len(held):
         raise DataError(f"{options.data}: too few rows of each class to hold any out")
     fitted = described.fit(table, train)
-    _check_memory(options, fitted, len(table))
-    dtype = _arrays(options.dtype)
-    return Problem(fitted, fitted.features(table, dtype), fitted.targets(table, dtype), train, held, table.notices)
+    _check_memory(options, fitted, len(table), table.nbytes)
+    dtype, order = _arrays(options.dtype), np.concatenate([train, held])
+    X, y = fitted.features(table, dtype, order), fitted.targets(table, dtype)[order]
+    return Problem(fitted, X, y, len(train), table.notices)
 
 
-def _check_memory(options: argparse.Namespace, preprocessing: data.Preprocessing, rows: int) -> None:
-    """Refuse what cannot fit: systems that promise more memory than they have kill the process later."""
+def _check_memory(options: argparse.Namespace, preprocessing: data.Preprocessing, rows: int, table: int) -> None:
+    """Refuse what cannot fit: systems that promise more memory than they have kill the process later.
+
+    The table, of so many bytes, is there until the features are made of it, the net comes afterwards.
+    """
     if not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     widths = [preprocessing.width, *options.layers, preprocessing.outputs]
     weights = sum(before * after for before, after in itertools.pairwise(widths))
-    needed = (rows * preprocessing.width + 4 * weights) * np.dtype(_arrays(options.dtype)).itemsize
+    itemsize = np.dtype(_arrays(options.dtype)).itemsize
+    needed = rows * preprocessing.width * itemsize + max(table, 4 * weights * itemsize)
     if needed > memory:
         raise ValueError(
-            f"{rows:,} rows of {widths[0]:,} features, and {weights:.3g} weights with gradients and moments, need "
-            f"{needed / 1e9:.3g} GB; this machine has {memory / 1e9:.3g} GB"
+            f"{rows:,} rows of {widths[0]:,} features, beside the table that they come from and then beside "
+            f"{weights:.3g} weights with gradients and moments, need {needed / 1e9:.3g} GB; this machine has "
+            f"{memory / 1e9:.3g} GB"
         )
 
 
@@ -169,19 +188,27 @@ def _net(options: argparse.Namespace, problem: Problem, backend: str, threads: i
     return net.build(problem.X.shape[1])
 
 
-class Stopwatch(fd.callbacks.Callback):
-    """Seconds of every epoch; stops the training when they add up to a limit."""
+class Watch(fd.callbacks.Callback):
+    """Seconds of every epoch; stops the training when they add up to a limit, or when it has diverged."""
 
     def __init__(self, limit: float = float("inf")) -> None:
         self.limit, self.seconds = limit, []
+        self.diverged: str | None = None
 
     def on_epoch_begin(self, epoch: int) -> None:
         self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
-        if sum(self.seconds) > self.limit:
+        if not math.isfinite(logs["loss"]):
+            self.diverged = f"the loss of epoch {epoch + 1} is {logs['loss']}"
+        if sum(self.seconds) > self.limit or self.diverged:
             self.model.stop_training = True
+
+    def on_train_end(self) -> None:
+        weights = self.model.weights.values()
+        if not self.diverged and not all(np.isfinite(values).all() for values in weights):
+            self.diverged = f"the weights after epoch {len(self.seconds)} are not finite"
 
     def median(self) -> float:
         """Of all epochs but the first, which warms up (unless there was no other)."""
@@ -201,44 +228,70 @@ def run(options: argparse.Namespace) -> None:
             "so each of them trains the same net and prints the same result"
         )
     if options.save is not None:
+        keep_inputs("--save", options.save, *([] if options.data == "digits" else [options.data]))
         checkpoint.check_writable(options.save)  # now, not after the training
     if options.epochs > MOST_EPOCHS:
         raise ValueError(f"--epochs: at most {MOST_EPOCHS}, found {options.epochs}")
     problem = _digits(options) if options.data == "digits" else _file(options)
-    if options.layers and min(options.batch_size, len(problem.train)) == 1:
+    if options.layers and min(options.batch_size, problem.split) == 1:
         raise ValueError(
             "batches of one row: the batch norm behind every hidden layer has no spread to learn from; use a "
             "--batch-size of 2 or more (and as many rows), or no hidden layers (--layers '')"
         )
+    if options.save is not None:
+        _check_description(problem.preprocessing)
     net = _net(options, problem, options.backend, options.threads)
     tell_notices(options.data, problem.notices)
-    train = {"X": problem.X[problem.train], "y": problem.y[problem.train], "batch_size": options.batch_size}
     try:
         if not options.quiet:
-            print(f"data {options.data}: {problem}")
+            show(f"data {options.data}: {problem}")
             print(f"net {_described(options, problem)}")
             print(net.explain(), flush=True)
     except BrokenPipeError:
         if options.save is None:  # nobody will see a result
             raise
-    watch = Stopwatch()
+    with np.errstate(all="ignore"):  # a training that goes astray is told in words
+        _train_and_test(options, problem, net)
+    if options.save is not None and not options.quiet:
+        show(f"saved {options.save}")
+
+
+def _train_and_test(options: argparse.Namespace, problem: Problem, net: fd.Sequential) -> None:
+    watch = Watch()
     start = time.perf_counter()
-    net.fit(**train, epochs=options.epochs, callbacks=[watch], verbose=0 if options.quiet else 1)
+    net.fit(*problem.train, options.batch_size, options.epochs, callbacks=[watch], verbose=0 if options.quiet else 1)
     seconds = time.perf_counter() - start
+    if watch.diverged:
+        raise ValueError(
+            f"the training diverged ({watch.diverged}); try a --lr smaller than {options.lr:g}"
+            + (f"; {options.save} is not written" if options.save is not None else "")
+        )
     try:
         print(_score(net, problem))
         print(f"seconds {seconds:.2f}")
         if net.backend != "numpy" and not options.no_baseline:
-            baseline = Stopwatch(BASELINE_SECONDS)
+            baseline = Watch(BASELINE_SECONDS)
             slow = _net(options, problem, "numpy", net.threads)
-            slow.fit(**train, epochs=BASELINE_EPOCHS, callbacks=[baseline], verbose=0)
+            slow.fit(*problem.train, options.batch_size, BASELINE_EPOCHS, callbacks=[baseline], verbose=0)
             print(f"ratio to the numpy back end {baseline.median() / watch.median():.1f}")
         print(f"weights sha256 {checkpoint.digest(dict(net.weights))}")
     finally:  # the net is trained, even if nobody reads on or waits for the baseline
         if options.save is not None:
-            net.save(options.save, extra={"preprocessing": problem.preprocessing.to_json()})
-    if options.save is not None and not options.quiet:
-        print(f"saved {options.save}")
+            with naming(options.save):
+                net.save(options.save, extra={"preprocessing": problem.preprocessing.to_json()})
+
+
+def _check_description(preprocessing: data.Preprocessing) -> None:
+    """Refuse before the training what a model file cannot hold after it: the names of categories and classes."""
+    size = len(checkpoint.as_json(checkpoint.as_json(preprocessing.to_json())).encode())  # JSON as text in JSON
+    if size > LARGEST_DESCRIPTION:
+        texts = {column.name: sum(map(len, column.levels or ())) for column in preprocessing.columns}
+        texts[preprocessing.target] = len("".join(map(str, preprocessing.classes or ())))
+        raise ValueError(
+            f"--save: a model file can hold {LARGEST_DESCRIPTION / 1e6:.0f} MB of names of columns, categories and "
+            f"classes; here they take {size / 1e6:.0f} MB ({len(texts):,} columns, most text in "
+            f"{max(texts, key=texts.get)!r}): leave columns out with --drop, or shorten their text"
+        )
 
 
 def _described(options: argparse.Namespace, problem: Problem) -> str:
@@ -251,11 +304,10 @@ def _described(options: argparse.Namespace, problem: Problem) -> str:
 
 
 def _score(net: fd.Sequential, problem: Problem) -> str:
-    X, y = problem.X[problem.held], problem.y[problem.held]
+    X, y = problem.held
     if problem.preprocessing.classes is not None:
         return f"test accuracy {net.evaluate(X, y)['accuracy']:.4f}"
     truth = y.astype(np.float64)
-    with np.errstate(all="ignore"):  # a training that went astray shows as nan
-        unexplained = np.square(truth - net.predict(X)).sum()
+    unexplained = np.square(truth - net.predict(X)).sum()
     total = np.square(truth - truth.mean()).sum()
     return f"test r2 {1 - unexplained / total if total else float('nan'):.4f}"

@@ -137,6 +137,11 @@ class Preprocessing:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}")
         for name in (target, *categorical, *drop):
             table.column(name)
+        for option, names in (("--categorical", categorical), ("--drop", drop)):
+            if target in names:
+                raise DataError(f"{table.source}: {option} {target}: this is the target, not a column to predict from")
+        if both := set(categorical).intersection(drop):
+            raise DataError(f"{table.source}: both --categorical and --drop name {min(both)!r}")
         task = _task(table, target, task)
         classes, label_dtype = (None, None) if task == "regression" else _classes(table, target)
         categorical, left_out = set(categorical), {target, *drop}
@@ -183,8 +188,8 @@ class Preprocessing:
         mean, std = (0.0, 1.0) if self.classes is not None else _moments(table, self.target, None, rows)
         return replace(self, columns=tuple(fitted), mean=mean, std=std)
 
-    def features(self, table: Table, dtype: Any = np.float32) -> np.ndarray:
-        """The table as a matrix (N, F)."""
+    def features(self, table: Table, dtype: Any = np.float32, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The table as a matrix (N, F), or some of its rows in an order of their own."""
         absent = [column.name for column in self.columns if column.name not in table.columns]
         for name, width in self.blocks.items():
             if table.blocks.get(name, width) != width:
@@ -193,10 +198,11 @@ class Preprocessing:
                 )
         if absent:
             raise DataError(f"{table.source}: missing columns {listed(absent)}; found {listed(table.columns)}")
-        out = np.empty((len(table), self.width), dtype)
+        count = len(table) if isinstance(rows, slice) else len(rows)
+        out = np.empty((count, self.width), dtype)
         at = 0
         for column in self.columns:
-            out[:, at : at + column.width] = _encoded(table, column, out.dtype)
+            out[:, at : at + column.width] = _encoded(table, column, out.dtype, rows)
             at += column.width
         return out
 
@@ -298,11 +304,11 @@ def _describe_column(table: Table, name: str, categorical: bool) -> Column:
     return Column(name, levels=tuple(levels))
 
 
-def _encoded(table: Table, column: Column, dtype: np.dtype) -> np.ndarray:
-    """The features of one column, (N, width)."""
+def _encoded(table: Table, column: Column, dtype: np.dtype, rows: np.ndarray | slice) -> np.ndarray:
+    """The features of one column, (rows, width)."""
     if column.levels is None:
         values = table.numbers(column.name, column.numbers)
-        return _standardised(table, column.name, values, column.mean, column.std, dtype)
+        return _standardised(table, column.name, values, column.mean, column.std, dtype)[rows]
     texts = table.texts(column.name)
     index = {level: k for k, level in enumerate(column.levels)}
     codes = np.fromiter((index.get(text.strip(), -1) for text in texts), np.int64, len(texts))
@@ -310,7 +316,7 @@ def _encoded(table: Table, column: Column, dtype: np.dtype) -> np.ndarray:
     if len(unknown):
         text = texts[unknown[0]]
         raise table.error(column.name, unknown, f"unknown category {text!r}; known: {listed(column.levels)}")
-    return codes[:, None] == np.arange(column.width)
+    return codes[rows][:, None] == np.arange(column.width)
 
 
 def _standardised(table: Table, name: str, values: np.ndarray, mean: float, std: float, dtype: np.dtype) -> np.ndarray:

@@ -11,7 +11,7 @@ import csv
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from io import BufferedReader, TextIOWrapper
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from fastdl.errors import DataError
 MISSING = ("", "nan", "na", "n/a", "null", "none", "?")
 #: Cells that a program writes where a number has become too large.
 INFINITE = tuple(sign + word for sign in ("", "+", "-") for word in ("inf", "infinity"))
+
+#: How archives (NPZ files, spreadsheets) and single arrays of NumPy begin.
+ZIP, NPY = (b"PK\x03\x04", b"PK\x05\x06"), b"\x93NUMPY"
 
 #: Cells of one column: text as it stands in a CSV file, or an array of an NPZ file.
 Cells = Sequence[str] | np.ndarray
@@ -42,6 +45,12 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cells, roughly: a cell of text is a pointer, a string of 50 bytes or more, and a number."""
+        arrays = (cells.nbytes if isinstance(cells, np.ndarray) else 66 * len(cells) for cells in self.columns.values())
+        return sum(arrays)
 
     def column(self, name: str) -> Cells:
         try:
@@ -207,6 +216,8 @@ def read_table(path: str | os.PathLike[str], target: str | None = None, needed: 
 # ------------------------------------------------------------------ CSV
 def _read_csv(source: str, needed: Collection[str]) -> Table:
     with open(source, encoding="utf-8-sig", newline="") as file:
+        if file.buffer.peek(6).startswith((*ZIP, NPY)):
+            raise DataError(f"{source}: no text but an archive (a spreadsheet, or NPZ) or an array; save it as CSV")
         reader = csv.reader(_lines(source, file), strict=True, skipinitialspace=True)
         try:
             names: list[str] = []
@@ -242,7 +253,7 @@ def _read_csv(source: str, needed: Collection[str]) -> Table:
     return table
 
 
-def _lines(source: str, file: TextIO) -> Iterator[str]:
+def _lines(source: str, file: TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         if "\0" in line:
             raise DataError(f"{source}: line {number}: NUL characters; save the file as UTF-8 text")
@@ -299,10 +310,15 @@ def _read_npz(source: str, target: str | None, needed: Collection[str]) -> Table
                 raise DataError(f"{source}: array {name!r} holds bytes that are not UTF-8 ({error.reason})") from None
         block = array.reshape(len(array), int(np.prod(array.shape[1:])))
         if block.shape[1] == 1 and name != "X":
-            columns[name] = block[:, 0]
+            given = {name: block[:, 0]}
         else:
             blocks[name] = block.shape[1]
-            columns |= {f"{name}[{k}]": block[:, k] for k in range(block.shape[1])}
+            given = {f"{name}[{k}]": block[:, k] for k in range(block.shape[1])}
+        if twice := [column for column in given if column in columns]:
+            raise DataError(
+                f"{source}: two arrays give a column {twice[0]!r}, one by its name and one by its columns; rename one"
+            )
+        columns |= given
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if not columns or len({len(column) for column in columns.values()}) != 1:
         raise DataError(f"{source}: every array needs the same number of rows, found {shapes or 'no array'}")
@@ -314,18 +330,47 @@ def _read_npz(source: str, target: str | None, needed: Collection[str]) -> Table
 def _arrays(source: str, target: str | None, needed: Collection[str]) -> dict[str, np.ndarray]:
     """The arrays of an archive that are used: those that will be asked for, or ``X`` and the target, or all."""
     with open(source, "rb") as file:
+        _check_archive(source, file)
         try:
             with np.load(file, allow_pickle=False) as archive:
                 names = archive.files
+                if len(set(names)) < len(names):
+                    raise DataError(f"{source}: the archive holds two arrays of one name: {listed(names)}")
                 if target is not None and target not in names:
                     raise DataError(f"{source}: there is no array {target!r}; arrays: {listed(names) or 'none'}")
                 if "X" in names:
                     names = [name for name in names if name in ("X", target)]
                 arrays_of = {*needed, *(name.rpartition("[")[0] for name in needed)}
                 names = [name for name in names if name in arrays_of] or names
-                return {name: archive[name] for name in names}
+                return {name: _array(source, archive, name) for name in names}
         except DataError:
             raise
         except Exception as error:  # a damaged archive raises what zipfile, zlib, lzma, tokenize and ast think of it
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise DataError(f"{source}: not a NumPy archive of plain arrays ({what})") from None
+
+
+def _check_archive(source: str, file: BufferedReader) -> None:
+    """Tell other files by how they begin: np.load takes them for arrays, or for pickles that it advises to allow."""
+    begin = file.peek(6)[:6]
+    if not begin:
+        raise DataError(f"{source}: the file is empty")
+    if begin == NPY:
+        raise DataError(
+            f"{source}: one array, as np.save writes it (.npy); an NPZ file holds several by name: "
+            "np.savez(path, X=X, y=y)"
+        )
+    if not begin.startswith(ZIP):
+        raise DataError(f"{source}: no NPZ archive, in spite of its name; a CSV file must be called .csv or .txt")
+
+
+def _array(source: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise DataError(
+            f"{source}: array {name!r} holds Python objects, expected numbers or text; save it with .astype(float) or "
+            ".astype(str)"
+        ) from None

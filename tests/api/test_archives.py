@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -68,17 +69,55 @@ def test_headers_that_lie(tmp_path, header):
 
 def test_files_that_are_no_archives(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(3))
-    contents = {"npy": (tmp_path / "a.npy").read_bytes(), "text": b"a,b\n1,2\n", "empty": b"", "half": GOOD[:300]}
     locked = bytearray(GOOD)
     for at in (GOOD.find(b"PK\x01\x02") + 8, 6):
         locked[at] |= 1
     method = bytearray(GOOD)
     method[8] = method[GOOD.find(b"PK\x01\x02") + 10] = 99
-    for kind, content in {**contents, "encrypted": locked, "method": method}.items():
+    text = "no NPZ archive, in spite of its name; a CSV file must be called .csv or .txt"
+    for kind, content, words in (
+        ("npy", (tmp_path / "a.npy").read_bytes(), r"one array, as np.save writes it \(.npy\)"),
+        ("text", b"a,b\n1,2\n", text),
+        ("keys", b"PK,y\n1,2\n", text),
+        ("pickle", pickle.dumps({"X": 1}), text),
+        ("empty", b"", "the file is empty"),
+        ("half", GOOD[:300], "not a NumPy archive of plain arrays"),
+        ("encrypted", locked, "not a NumPy archive of plain arrays"),
+        ("method", method, "not a NumPy archive of plain arrays"),
+    ):
         path = tmp_path / f"{kind}.npz"
         path.write_bytes(bytes(content))
-        with pytest.raises(DataError, match=f"{kind}.npz: not a NumPy archive of plain arrays"):
+        with pytest.raises(DataError, match=f"{kind}.npz: {words}") as error:
             data.read_table(path, "y")
+        assert "allow_pickle" not in str(error.value)
+
+
+def test_arrays_of_python_objects(tmp_path):
+    np.savez(tmp_path / "t.npz", X=np.array([[1, "a"]], object), y=np.ones(1))
+    with pytest.raises(DataError, match=r"t\.npz: array 'X' holds Python objects, expected numbers or text") as error:
+        data.read_table(tmp_path / "t.npz", "y")
+    assert "allow_pickle" not in str(error.value)
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez])
+def test_tables_that_are_no_text(tmp_path, save):
+    path = tmp_path / "t.csv"
+    with open(path, "wb") as file:
+        save(file, np.zeros((9, 9)))
+    with pytest.raises(DataError, match=r"t\.csv: no text but an archive .* or an array; save it as CSV"):
+        data.read_table(path)
+    path.write_text("PK,y\n1,2\n")  # a primary key
+    assert list(data.read_table(path).columns) == ["PK", "y"]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_of_one_name_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.npz", "w") as archive:
+        for name in ("a.npy", "y.npy", "a.npy"):
+            with archive.open(name, "w") as member:
+                np.save(member, np.arange(4))
+    with pytest.raises(DataError, match="the archive holds two arrays of one name: a, y, a"):
+        data.read_table(tmp_path / "t.npz")
 
 
 def test_arrays_that_nobody_asks_for_are_not_read(tmp_path):

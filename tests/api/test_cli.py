@@ -11,23 +11,11 @@ import numpy as np
 import pytest
 
 import fastdl as fd
-from fastdl import cli
 from fastdl.cli import info
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 RESULTS = ("test accuracy", "test r2", "seconds", "ratio to the numpy back end", "weights sha256")
 QUICK = ["--epochs", "2", "--layers", "16", "--no-baseline"]
-
-
-@pytest.fixture
-def run(capsys):
-    """``run(*arguments)`` -> (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_unusable_npz(tmp_path):
         data.read_table(npz(tmp_path, a=[0, 1], b=[0, 1, 2]))
     with pytest.raises(DataError, match="numbers or text"):
         data.read_table(npz(tmp_path, a=[0j, 1j]))
-    with pytest.raises(DataError, match="plain arrays"):
+    with pytest.raises(DataError, match="array 'a' holds Python objects"):
         data.read_table(npz(tmp_path, a=np.array([None, "x"], object)))
     with pytest.raises(DataError, match="no rows"):
         data.read_table(npz(tmp_path, a=np.zeros(0)))
@@ -208,7 +208,7 @@ def test_unusable_npz(tmp_path):
     broken = tmp_path / "broken.npz"
     for content in (b"", b"PK\x03\x04 no archive", npz(tmp_path, a=np.arange(999)).read_bytes()[:700]):
         broken.write_bytes(content)
-        with pytest.raises(DataError, match="plain arrays"):
+        with pytest.raises(DataError, match=r"plain arrays|the file is empty"):
             data.read_table(broken)
 
 

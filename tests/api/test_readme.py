@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,10 +46,10 @@ def test_the_program_shown_is_the_program(fuse: bool) -> None:
     assert printed(fuse) in section("program")
 
 
-def blocks(heading: str) -> list[str]:
-    """The Python of a section."""
+def blocks(heading: str, language: str = "python") -> list[str]:
+    """The code of a section."""
     text = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", text, re.S)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def test_the_example_runs() -> None:
@@ -81,3 +82,20 @@ def test_the_activation_in_contributing_applies() -> None:
     assert 1 < diff.count("diff --git") <= 4  # and README's generated table
     run = subprocess.run(["git", "apply", "--check", "-"], input=diff, text=True, capture_output=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_the_commands_run_one_after_the_other(tmp_path) -> None:
+    """In an empty folder: they make the files that they read."""
+    (commands,) = blocks("On the command line", "")
+    run = subprocess.run(
+        ["bash", "-e", "-c", re.sub("^python ", f"{sys.executable} ", commands, flags=re.M)],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "200 rows, 3 features, regression; 40 rows held out" in run.stdout
+    assert float(re.search(r"test r2 (\S+)", run.stdout).group(1)) > 0.9
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 1798
