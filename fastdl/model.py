@@ -134,6 +134,7 @@ class Sequential(Net):
         batch_size, epochs = whole_number(batch_size, "batch_size"), whole_number(epochs, "epochs")
         validation_split, validation_data = as_validation(validation_split, validation_data)
         callbacks, shuffle = as_list(callbacks), flag(shuffle, "shuffle")
+        verbose = verbose if isinstance(verbose, bool | np.bool_) else whole(verbose, "verbose")
         with self._training:
             with self._lock:
                 given = X

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +31,8 @@ class Net:
     """Layers with settings, state and tensors; base of `fastdl.Sequential`."""
 
     def __init__(self, layers: Sequence[Layer], seed: int = 0) -> None:
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected layers in a list, found {layers!r}")
         self.layers: list[Layer] = list(layers)
         for k, layer in enumerate(self.layers):
             if not isinstance(layer, Layer):
