@@ -203,7 +203,7 @@ class Sequential(Net):
             `update`, so that micro-batches draw the masks of the whole batch, and a pass that is repeated draws new
             ones. Give 0 to draw the first ones again, for differences of the loss, say.
         """
-        if not training:
+        if not flag(training, "training"):
             return self.predict(X)
         with self._training, self._lock:
             x = self._matrix(X, "X")
@@ -237,6 +237,7 @@ class Sequential(Net):
         accumulate : bool
             Add to the gradients instead of replacing them.
         """
+        accumulate = flag(accumulate, "accumulate")
         with self._training, self._lock:
             bound, run = self._last_pass()
             dy = as_matrix(dy, self._settings.float, "dy", self._on_gpu())

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdl import describe, losses, optimizers
 from fastdl.builder import Builder, named
-from fastdl.checks import settings_fit, whole
+from fastdl.checks import flag, settings_fit, whole
 from fastdl.inputs import feature_names, whole_number
 from fastdl.kernels import dispatch
 from fastdl.layers.base import Layer
@@ -172,7 +172,7 @@ class Net:
 
     @stop_training.setter
     def stop_training(self, value: bool) -> None:
-        self._state.stop = bool(value)
+        self._state.stop = flag(value, "stop_training")
 
     def layer(self, name: str) -> Layer:
         """The layer of a name in `names`."""
