@@ -81,8 +81,10 @@ class EarlyStopping(Callback):
         mode: str = "auto",
         restore_best_weights: bool = True,
     ) -> None:
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f"mode must be auto, min or max, found {mode!r}")
+        if not isinstance(monitor, str):
+            raise ValueError(f"monitor: expected a name of the history, like 'val_loss', found {monitor!r}")
+        if not isinstance(mode, str) or mode not in ("auto", "min", "max"):
+            raise ValueError(f"mode: expected auto, min or max, found {mode!r}")
         self.monitor = monitor
         self.patience = checks.whole(patience, "patience", 63)
         self.min_delta = checks.NOT_NEGATIVE.check(min_delta, "min_delta")

@@ -28,6 +28,19 @@ def on_host(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
 
+def may_be_elsewhere(x: Any) -> bool:
+    """Whether an array may lie in a GPU's memory, asked without importing what knows of GPUs.
+
+    Another library's array may raise whatever it likes: then it cannot be shared, and NumPy is asked what it holds.
+    """
+    try:
+        if hasattr(x, "__cuda_array_interface__"):
+            return True
+        return hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] != 1  # DLPack's kDLCPU
+    except Exception:
+        return False
+
+
 def is_array(x: Any, name: str, like: Any = None, dtypes: Sequence[Any] = FLOATS[:1]) -> Any:
     """An array in the memory of ``like``, where there is one; in GPU memory of one of ``dtypes``."""
     if isinstance(x, np.ndarray) and (like is None or isinstance(like, np.ndarray)):
@@ -36,7 +49,7 @@ def is_array(x: Any, name: str, like: Any = None, dtypes: Sequence[Any] = FLOATS
         from fastdl.cuda.arrays import adopt
 
         return adopt(x, name, dtypes)
-    if hasattr(x, "__dlpack_device__") or hasattr(x, "__cuda_array_interface__"):
+    if may_be_elsewhere(x):
         from fastdl.cuda.arrays import adopt, on_device  # Numba comes with it
 
         if on_device(x) and like is None:
@@ -200,19 +213,21 @@ def apart(op: str, arrays: Mapping[str, Any], alias: str = "") -> None:
         for other, x in arrays.items():
             if x is None or (owner and x is not out and x.flags.owndata) or other == name:
                 continue  # two arrays that own their memory cannot overlap, and to ask takes ten times as long
+            if owner and isinstance(x.base, np.ndarray) and x.base is not out and x.base.flags.owndata:
+                continue  # nor can a view of one of them, as contexts keep
             if _shares(out, x) and not (name == "out" and other == alias and _is(out, x)):
                 raise _overlaps(name, other, tuple(arrays), alias)
 
 
 def _overlaps(name: str, other: str, order: tuple[str, ...], alias: str) -> ValueError:
     earlier, later = sorted((name, other), key=order.index)
-    allowed = f"only {name} is {alias}" if name == "out" and alias else "no overlap"
-    return ValueError(f"{later}: overlaps {earlier}; {allowed} is allowed: hand over another array")
+    allowed = f"{name} may be {alias} itself, or share nothing" if name == "out" and alias else "no overlap is allowed"
+    return ValueError(f"{later}: overlaps {earlier}; {allowed}: hand over another array")
 
 
 def _folds(x: np.ndarray) -> bool:
-    """Whether rows of a matrix overlap each other, as those of a sliding window do."""
-    return x.ndim == 2 and abs(x.strides[0]) < x.shape[1] * x.itemsize
+    """Whether rows of a matrix overlap each other, as those of a sliding window do. `rows` refuses columns apart."""
+    return x.ndim == 2 and x.strides[1] == x.itemsize and abs(x.strides[0]) < x.shape[1] * x.itemsize
 
 
 def output(out: Any, shape: tuple[int, ...], like: Any) -> Any:

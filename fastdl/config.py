@@ -58,9 +58,13 @@ def _variable(name: str) -> str | None:
 
 
 def check_backend(name: object, where: str = "backend") -> str:
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{where}: unknown back end {name!r}, known: {', '.join(NAMES)}")
     return str(name)
+
+
+def is_auto(threads: object) -> bool:
+    return isinstance(threads, str) and threads == "auto"
 
 
 def check_threads(threads: object, where: str = "threads") -> int:
@@ -135,7 +139,7 @@ def home_backend(compiled: str | None = None) -> str:
 def resolve_threads(call: int | str | None = None, compiled: int | str | None = None) -> int | None:
     """The number of threads that was asked for, or None for the library's own choice."""
     for value in (call, _context.get().threads, compiled):
-        if value is not None and value != "auto":
+        if value is not None and not is_auto(value):
             return check_threads(value)
     text = _variable("FASTDL_NUM_THREADS")
     if text:

@@ -58,7 +58,7 @@ def _refuse(array: np.ndarray, value: Any, name: str, advice: str) -> NoReturn:
         if (place := _first_object(array)) is not None:
             what = f"{_what(array[place])} at {list(place)}"
         elif array.size:
-            advice = f"{name}.astype(float) makes numbers of numbers"
+            what, advice = _of_python(array, value, name)
     else:
         what, own = _OTHERS.get(kind, ("something else", ""))
         advice = own or advice
@@ -73,6 +73,18 @@ def _first_object(array: np.ndarray) -> tuple[int, ...] | None:
     """The place of the first object that is no number."""
     k = next((k for k, item in enumerate(array.flat) if not _is_number(item)), None)
     return None if k is None else tuple(int(i) for i in np.unravel_index(k, array.shape))
+
+
+def _of_python(array: np.ndarray, value: Any, name: str) -> tuple[str, str]:
+    """What numbers of Python's own types are, and what makes numbers of NumPy's of them."""
+    for k, item in enumerate(array.flat):
+        try:
+            float(item)
+        except OverflowError:
+            place = [int(i) for i in np.unravel_index(k, array.shape)]
+            return f"a number beyond float64 at {place}", "scale the numbers"
+    made = f"{name}.astype(float)" if hasattr(value, "astype") else f"np.array({name}, float)"
+    return f"objects of type {type(array.flat[0]).__name__}", f"{made} makes numbers of numbers"
 
 
 def _what(item: Any) -> str:
@@ -112,7 +124,9 @@ def _unreadable(value: Any, name: str, error: Exception) -> str:
     if isinstance(value, (list, tuple)):
         shapes = [_shape(item) for item in value]
         for row, shape in enumerate(shapes):
-            if shape != shapes[0] or shape is None:
+            if shape is None and isinstance(value[row], (list, tuple)):
+                return f"in row {row} {_unreadable(value[row], name, error)}"
+            if shape != shapes[0]:
                 return f"rows of different lengths: {shapes[0]} in row 0, {shape} in row {row}; make them equal"
     if hasattr(value, "detach"):
         return f"a tensor that NumPy cannot read ({error}); {name}.detach().float().cpu().numpy() makes an array"

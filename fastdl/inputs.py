@@ -23,19 +23,9 @@ def whole_number(value: Any, what: str, least: int = 1) -> int:
     return number
 
 
-def _may_be_elsewhere(value: Any) -> bool:
-    """Whether an array may lie in a GPU's memory, asked without importing what knows of GPUs."""
-    if hasattr(value, "__cuda_array_interface__"):
-        return True
-    try:
-        return hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1  # DLPack's kDLCPU
-    except (AttributeError, TypeError, ValueError, BufferError):
-        return False
-
-
 def _from_gpu(value: Any, dtypes: tuple[Any, ...], name: str, gpu: bool, ndim: int | None = None) -> Any:
     """An array in GPU memory as it is (`fastdl.cuda.arrays.DeviceArray`), or None for all others."""
-    if isinstance(value, np.ndarray) or not _may_be_elsewhere(value):
+    if isinstance(value, np.ndarray) or not checks.may_be_elsewhere(value):
         return None
     from fastdl.cuda.arrays import adopt, on_device
 

@@ -6,6 +6,7 @@ array([2, 0])
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,20 +138,23 @@ class Loss:
     def _values(self, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
         with np.errstate(all="ignore"):
             values = np.ascontiguousarray(y, dtype=dtype)
-        finite = np.isfinite(values)
-        if not finite.all():
-            row, column = (int(k) for k in np.argwhere(~finite)[0])
+        self.check_values(values, y)
+        return values
+
+    def check_values(self, values: np.ndarray, given: np.ndarray) -> None:
+        """Refuse values or distributions (N, n_outputs) that the loss cannot be of; ``given`` is what they came as."""
+        low, high = float(values.min()), float(values.max())  # NaN where one is among them
+        if not (math.isfinite(low) and math.isfinite(high)):
+            row, column = (int(k) for k in np.argwhere(~np.isfinite(values))[0])
             raise ValueError(
-                f"{self.name}: expected finite targets in {dtype}, found {y[row, column]} at [{row}, {column}]; "
-                "drop or fill these rows, or scale the targets"
+                f"{self.name}: expected finite targets in {values.dtype}, found {given[row, column]} at "
+                f"[{row}, {column}]; drop or fill these rows, or scale the targets"
             )
-        low, high = values.min(), values.max()
         if self.unit and (low < 0 or high > 1):
             bad = low if low < 0 else high
             raise ValueError(f"{self.name}: expected targets in [0, 1], found {bad}; encode the two classes as 0 and 1")
         if self.target_kind == "labels" and low < 0:
             raise ValueError(f"{self.name}: expected distributions over the classes, all >= 0, found {low}")
-        return values
 
 
 KNOWN = {

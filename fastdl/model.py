@@ -139,6 +139,7 @@ class Sequential(Net):
         batch_size, epochs = whole_number(batch_size, "batch_size"), whole_number(epochs, "epochs")
         validation_split, validation_data = as_validation(validation_split, validation_data)
         callbacks, shuffle = as_list(callbacks), flag(shuffle, "shuffle")
+        verbose = verbose if isinstance(verbose, bool | np.bool_) else whole(verbose, "verbose")
         locks, state = self._locks, self._state
         with locks.training:
             with locks.memory:
@@ -233,7 +234,7 @@ class Sequential(Net):
             `update`, so that micro-batches draw the masks of the whole batch, and a pass that is repeated draws new
             ones. Give 0 to draw the first ones again, for differences of the loss, say.
         """
-        if not training:
+        if not flag(training, "training"):
             return self.predict(X)
         locks = self._locks
         with locks.training, locks.memory:
@@ -272,7 +273,7 @@ class Sequential(Net):
         accumulate : bool
             Add to the gradients instead of replacing them.
         """
-        locks = self._locks
+        accumulate, locks = flag(accumulate, "accumulate"), self._locks
         with locks.training, locks.memory:
             if locks.at_work:
                 locks.refuse()

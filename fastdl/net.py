@@ -12,7 +12,7 @@ import numpy as np
 
 from fastdl import describe, losses, optimizers
 from fastdl.builder import Builder, named
-from fastdl.checks import settings_fit, whole
+from fastdl.checks import flag, settings_fit, whole
 from fastdl.errors import TrainingInProgress
 from fastdl.inputs import feature_names, whole_number
 from fastdl.kernels import dispatch
@@ -34,7 +34,7 @@ class Net:
 
     def __init__(self, layers: Sequence[Layer], seed: int = 0) -> None:
         if isinstance(layers, Layer) or not isinstance(layers, Iterable):
-            raise TypeError(f"layers: expected a list of layers, found {layers!r}")
+            raise TypeError(f"layers: expected layers in a list, found {layers!r}")
         self._layers = tuple(layers)
         seen: set[int] = set()
         for layer in self._layers:
@@ -205,7 +205,7 @@ class Net:
 
     @stop_training.setter
     def stop_training(self, value: bool) -> None:
-        self._state.stop = bool(value)
+        self._state.stop = flag(value, "stop_training")
 
     def layer(self, name: str) -> Layer:
         """The layer of a name in `names`."""

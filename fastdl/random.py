@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,16 @@ def _words(value: Any, name: str) -> np.ndarray:
     return np.ascontiguousarray(array, np.uint32) if array.ndim else array.astype(np.uint32)
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    """A shape of at least one dimension; an integer is that of a vector."""
+    sizes = [checks.index(n) for n in (value if isinstance(value, Iterable) else (value,))]
+    if not sizes:
+        raise ValueError("shape: expected at least one dimension (rows), found none")
+    if any(n is None or n < 0 for n in sizes):
+        raise ValueError(f"shape: expected integers of at least 0, rows first, found {value!r}")
+    return tuple(sizes)
+
+
 def dropout_mask(
     shape: tuple[int, ...],
     rate: float,
@@ -63,9 +74,7 @@ def dropout_mask(
     shape : tuple
         (N, ...): rows first, features flattened.
     """
-    shape = tuple(shape) if not isinstance(shape, (int, np.integer)) else (int(shape),)
-    if not shape:
-        raise ValueError("shape: expected at least one dimension (rows), found none")
+    shape = _shape(shape)
     rate = checks.RATE.check(rate, "rate")
     philox.threshold(rate)
     arguments = {

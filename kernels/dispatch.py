@@ -364,18 +364,43 @@ def _copied(array: np.ndarray, address: int, gpu: Any) -> View:
     return View(address, array.shape, int(np.prod(array.shape[1:])), array.dtype)
 
 
-_callers: dict[tuple[str, str], Caller] = {}
+#: (op, back end) -> the caller, the number of arrays, and the places of those that every call has
+_callers: dict[tuple[str, str], tuple[Caller, int, tuple[int, ...]]] = {}
 
 
-def bound(op: str, backend: str, arrays: Sequence[Any] = (), arguments: Mapping[str, Any] | None = None) -> Caller:
-    """The caller of the implementation that will run; remembered unless it depends on the arguments."""
-    found = _callers.get((op, backend))
-    if found is None:
-        impl = choose(op, backend, arrays, arguments)
-        found = caller(impl)
-        if all(i is None or i.verifier is None for i in (registry.find(op, name) for name in BACKENDS)):
-            _callers[op, backend] = found
+def _caller(op: str, backend: str, arrays: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
+    made = caller(choose(op, backend, arrays, arguments))
+    declared = registry.spec(op).arrays
+    found = made, len(declared), tuple(k for k, array in enumerate(declared) if not array.optional)
+    if all(i is None or i.verifier is None for i in (registry.find(op, name) for name in BACKENDS)):
+        _callers[op, backend] = found
     return found
+
+
+def _incomplete(op: str, arrays: Sequence[Any]) -> TypeError:
+    declared = registry.spec(op).arrays
+    if len(arrays) != len(declared):
+        names = ", ".join(array.name for array in declared)
+        return TypeError(f"{op}: expected {len(declared)} arrays ({names}), found {len(arrays)}")
+    name = next(a.name for a, x in zip(declared, arrays, strict=True) if x is None and not a.optional)
+    return TypeError(f"{name}: expected an array, found None; {op} needs one")
+
+
+def bound(op: str, backend: str, arrays: Sequence[Any], arguments: Mapping[str, Any]) -> Caller:
+    """The caller of the implementation that will run; remembered unless it depends on the arguments.
+
+    Raises
+    ------
+    TypeError
+        Too few or too many arrays, or None for one that every call has: a kernel would take a pointer of it.
+    """
+    made, count, required = _callers.get((op, backend)) or _caller(op, backend, arrays, arguments)
+    if len(arrays) != count:
+        raise _incomplete(op, arrays)
+    for k in required:
+        if arrays[k] is None:
+            raise _incomplete(op, arrays)
+    return made
 
 
 def call(impl: Impl, arrays: Sequence[Any], arguments: Mapping[str, Any], threads: int) -> None:
@@ -387,13 +412,5 @@ def run(op: str, *arrays: Any, backend: str = "auto", threads: int = 1, **argume
     """Run one op on arrays that have been checked: the arrays of its spec in order, then params and runtime values.
 
     `Panels` are accepted by the compiled back end.
-
-    Raises
-    ------
-    TypeError
-        Too few or too many arrays: a kernel would read past them.
     """
-    names = [array.name for array in registry.spec(op).arrays]
-    if len(arrays) != len(names):
-        raise TypeError(f"{op}: expected {len(names)} arrays ({', '.join(names)}), found {len(arrays)}")
     bound(op, backend, arrays, arguments)(arrays, arguments, threads)

@@ -23,8 +23,6 @@ _PLACES = {dlpack.CPU: "host memory", dlpack.CUDA_HOST: "pinned host memory"}
 _ON_GPU = (dlpack.CUDA, dlpack.CUDA_MANAGED)
 #: dtype -> PyTorch's method
 _METHODS = {"float32": "float()", "float64": "double()", "bfloat16": "bfloat16()", "int64": "long()", "int32": "int()"}
-#: What arrays raise that a protocol does not fit: of another device, sharded over several, without memory.
-_NO_EXPORT = (AttributeError, TypeError, ValueError, BufferError)
 
 
 class DeviceArray:
@@ -248,7 +246,7 @@ def adopt(value: Any, name: str, dtypes: Sequence[Any], ndim: int | None = None)
 def _dlpack_device(value: Any) -> tuple[int, int] | None:
     try:
         kind, number = value.__dlpack_device__()
-    except _NO_EXPORT:
+    except Exception:  # whatever another library raises where it does not fit: several devices, no memory
         return None
     return int(kind), int(number)
 
@@ -256,7 +254,7 @@ def _dlpack_device(value: Any) -> tuple[int, int] | None:
 def _interface(value: Any) -> dict[str, Any] | None:
     try:
         return value.__cuda_array_interface__
-    except _NO_EXPORT:
+    except Exception:
         return None
 
 

@@ -6,7 +6,12 @@ change from one version of NumPy to the next, and a held-out set must not.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from fastdl import checks
+from fastdl.inputs import whole_number
 
 
 def _order(count: int, seed: int) -> np.ndarray:
@@ -14,11 +19,12 @@ def _order(count: int, seed: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
-def _check(rows: int, fraction: float) -> None:
-    if rows < 2:
-        raise ValueError(f"a split needs at least 2 rows, found {rows}")
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}")
+#: Neither part may be empty.
+SHARE = checks.Range("a share of the rows, between 0 and 1", math.ulp(0.0), 1.0)
+
+
+def _checked(rows: int, fraction: float, seed: int) -> tuple[int, float, int]:
+    return whole_number(rows, "rows", 2), SHARE.check(fraction, "fraction"), checks.whole(seed, "seed", 64)
 
 
 def random_split(rows: int, fraction: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +38,7 @@ def random_split(rows: int, fraction: float = 0.2, seed: int = 0) -> tuple[np.nd
     seed : int
         Seed of the split, to be kept apart from the seed of the training.
     """
-    _check(rows, fraction)
+    rows, fraction, seed = _checked(rows, fraction, seed)
     held = min(max(round(rows * fraction), 1), rows - 1)
     order = _order(rows, seed)
     return np.sort(order[held:]), np.sort(order[:held])
@@ -49,11 +55,16 @@ def stratified_split(labels: np.ndarray, fraction: float = 0.2, seed: int = 0) -
     labels : (N,) array
         Class of each row, of any dtype that ``np.unique`` sorts.
     """
-    labels = np.asarray(labels)
+    try:
+        labels = np.asarray(labels)
+        _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"labels: expected classes of one type, one per row, which NumPy cannot sort: {error}"
+        ) from error
     if labels.ndim != 1:
-        raise ValueError(f"labels must have 1 dimension, found shape {labels.shape}")
-    _check(len(labels), fraction)
-    _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        raise ValueError(f"labels: expected one class per row, (N,), found shape {labels.shape}")
+    _, fraction, seed = _checked(len(labels), fraction, seed)
     exact = counts * fraction
     held = np.floor(exact).astype(np.int64)
     # the classes with the largest remainders take the rows that rounding down left over

@@ -24,7 +24,7 @@ def _trace(op: str, params: dict[str, Any], t: Trace, x: Buffer, name: str, **mo
 
 
 @dataclasses.dataclass(eq=False)
-class Elementwise(Layer):
+class Elementwise(Layer, abstract=True):
     """Base of the layers that apply one activation to every element."""
 
     activation: ClassVar[str] = ""
@@ -75,7 +75,7 @@ class GELU(Layer):
     approximate: str = "none"
 
     def __post_init__(self) -> None:
-        if self.approximate not in ("none", "tanh"):
+        if not isinstance(self.approximate, str) or self.approximate not in ("none", "tanh"):
             raise ValueError(f"GELU approximate: expected 'none' or 'tanh', found {self.approximate!r}")
         self.approximate = str(self.approximate)
 
@@ -99,10 +99,9 @@ def _make(name: str) -> type[Layer]:
 #: Layer class of every activation, by the activation's name.
 BY_NAME: dict[str, type[Layer]] = {}
 for _name, _info in ACTIVATIONS.items():
-    if _info.layer in globals():
-        BY_NAME[_name] = globals()[_info.layer]
-    elif _name != "gelu_tanh":
-        BY_NAME[_name] = globals()[_info.layer] = _make(_name)
+    if _info.layer not in globals():
+        globals()[_info.layer] = _make(_name)
+    BY_NAME[_name] = globals()[_info.layer]
 
 
 def Activation(name: str) -> Layer:
@@ -113,8 +112,6 @@ def Activation(name: str) -> Layer:
     ValueError
         For an unknown name; the known ones are listed.
     """
-    if name == "gelu_tanh":
-        return GELU(approximate="tanh")
     if not isinstance(name, str) or name not in BY_NAME:
-        raise ValueError(f"unknown activation {name!r}, known: {', '.join([*BY_NAME, 'gelu_tanh'])}")
-    return BY_NAME[name]()
+        raise ValueError(f"unknown activation {name!r}, known: {', '.join(BY_NAME)}")
+    return GELU(approximate="tanh") if name == "gelu_tanh" else BY_NAME[name]()

@@ -25,13 +25,16 @@ class Layer(Described):
     #: Prefix of the layer's name in a model: ``dense`` gives ``dense_0``, ``dense_1``, ...
     prefix: ClassVar[str] = "layer"
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        CLASSES[cls.__name__] = cls
+        if not abstract:
+            CLASSES[cls.__name__] = cls
 
     def trace(self, t: Trace, x: Buffer, name: str) -> Buffer:
         """Add this layer's forward calls and return its output."""
-        raise TypeError(f"{type(self).__name__} is abstract; use one of {', '.join(sorted(CLASSES))}")
+        own = type(self).__name__
+        known = ", ".join(sorted(name for name in CLASSES if name != own))
+        raise TypeError(f"{own} has no trace(t, x, name), which says what a layer does; write one, or use {known}")
 
     def get_config(self) -> dict[str, Any]:
         """Settings as JSON values, with the class name."""

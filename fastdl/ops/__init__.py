@@ -7,7 +7,8 @@ other overlap of an array that is written (``out``, running statistics, paramete
 raise before anything is written.
 
 A context holds the arrays of its forward call, not copies: write to x or y only after the backward call, or the
-gradient is that of what you wrote.
+gradient is that of what you wrote. Reshape x and y in place as you like; NumPy refuses to resize them until the context
+is gone.
 
 Arrays in GPU memory (CuPy, PyTorch, Numba, JAX) are shared without a copy and run on CUDA, float32 in contiguous rows;
 results are `fastdl.cuda.arrays.DeviceArray`, which those libraries take the same way. All arrays of a call lie in one

@@ -13,7 +13,7 @@ from fastdl.ops.call import Context, context, run
 
 def epilogue(activation: str) -> Any:
     """The entry of an activation that can be fused: element-wise and without slopes."""
-    info = ACTIVATIONS.get(activation)
+    info = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
     if info is None or info.per_channel or info.row_op:
         usable = [n for n, i in ACTIVATIONS.items() if not i.per_channel and not i.row_op]
         raise ValueError(f"activation: unknown or not element-wise {activation!r}, known: {', '.join(usable)}")
@@ -42,18 +42,19 @@ def _activation_forward(
     if out is not None:
         checks.apart(f"{name}_forward", {"x": x, "slope": slope, "out": y}, alias="" if info.row_op else "x")
     x2, y2 = checks.rows(x, "x"), checks.rows(y, "out")
-    arrays: tuple[Any, ...] = (x2, y2) if slope is None else (x2, slope, y2)
+    arrays: tuple[Any, ...] = (x2, slope, y2) if info.per_channel else (x2, y2)
     run(f"{name}_forward", arrays, params, backend, threads, 2 * x.nbytes)
     saved = y if info.saves == "y" else x
     if info.saves == "x" and out is not None and checks.overlap(y, x) and name not in ("identity",):
         saved = None  # overwritten in place
-    return y, Context(name, {info.saves: saved, "slope": slope}, params, {}, x.shape, backend, threads)
+    kept = {info.saves: saved} if slope is None else {info.saves: saved, "slope": slope}
+    return y, Context(name, kept, params, {}, x.shape, backend, threads)
 
 
 def _activation_backward(name: str, dy: Any, ctx: Any, out: Any) -> Any:
     ctx = context(ctx, name)
     info = ACTIVATIONS[name]
-    saved, slope = ctx.arrays[info.saves], ctx.arrays["slope"]
+    saved, slope = ctx.arrays[info.saves], ctx.arrays.get("slope")
     if saved is None:
         raise ValueError(f"{name}_backward needs the input of the forward pass, which out=x has overwritten")
     dy = checks.floats(dy, "dy", saved)

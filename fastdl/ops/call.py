@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -14,9 +15,14 @@ BYTES_PER_THREAD = 1 << 20
 
 
 class Context:
-    """What a forward call keeps for its backward call."""
+    """What a forward call keeps for its backward call.
 
-    __slots__ = ("arrays", "backend", "op", "params", "runtime", "shape", "threads")
+    The backward kernels take pointers by what was checked in the forward call, so nothing that the caller does to his
+    arrays in between may move or shrink them: the context keeps views, whose shape, strides and dtype nobody else can
+    set, and weak references, for which NumPy refuses ``x.resize``, ``refcheck=False`` or not. 0.3 us an array.
+    """
+
+    __slots__ = ("_still", "arrays", "backend", "op", "params", "runtime", "shape", "threads")
 
     def __init__(
         self,
@@ -28,8 +34,17 @@ class Context:
         backend: str | None,
         threads: int | None,
     ) -> None:
-        self.op, self.arrays, self.params, self.runtime, self.shape = op, arrays, params, runtime, shape
+        self.op, self.params, self.runtime, self.shape = op, params, runtime, shape
         self.backend, self.threads = backend, threads
+        self.arrays, self._still = arrays, {}
+        for name, x in arrays.items():
+            if isinstance(x, np.ndarray):
+                arrays[name] = x = x.view()
+                self._still[name] = ref(x.base)  # what x is a view of: the owner of the memory, if it is NumPy's
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = self.op, dict(self.arrays), self.params, self.runtime, self.shape, self.backend, self.threads
+        return Context, given  # a copy looks after its own arrays
 
     def expect(self, op: str) -> Context:
         if self.op != op:
@@ -52,7 +67,7 @@ def run(
 ) -> None:
     """Dispatch a checked call; ``size`` is the bytes it moves."""
     if type(arrays[0]) is not np.ndarray and not checks.on_host(arrays[0]):
-        if backend not in (None, "auto", "cuda"):
+        if backend is not None and config.check_backend(backend) not in ("auto", "cuda"):
             raise ValueError(f"backend: expected 'cuda' for arrays in GPU memory, found {backend!r}; leave it out")
         backend = "cuda"
     call = dispatch.bound(op, config.resolve_backend(backend), arrays, arguments)

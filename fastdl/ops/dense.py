@@ -52,14 +52,17 @@ def dense_forward(
     z = checks.empty(y.shape, y) if info.saves == "x" and activation != "identity" else None
     size = x.nbytes + w.nbytes + y.nbytes
     run("dense_forward", (x, w, b, y, z), params, backend, threads, size * max(1, min(x.shape[1], 64)))
-    saved = {"x": x, "w": w, "b": b, "s": y if z is None else z}
-    return y, Context("dense", saved, params, {}, y.shape, backend, threads)
+    ctx = Context("dense", {"x": x, "w": w, "s": y if z is None else None}, params, {}, y.shape, backend, threads)
+    if z is not None:
+        ctx.arrays["s"] = z  # nobody else has it
+    params["bias"] = b is not None
+    return y, ctx
 
 
 def dense_backward(dy: np.ndarray, ctx: Context) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Gradients dx (N, I), dw (I, O), db (O,) of `dense_forward`; db is None where there was no bias."""
     ctx = context(ctx, "dense")
-    x, w, b, saved = (ctx.arrays[k] for k in ("x", "w", "b", "s"))
+    x, w, saved = (ctx.arrays[k] for k in ("x", "w", "s"))
     dy = checks.matrix(dy, "dy", x)
     checks.same_shape(dy, ctx.shape, "dy", "the output")
     name, dz = ctx.params["activation"], dy
@@ -68,7 +71,7 @@ def dense_backward(dy: np.ndarray, ctx: Context) -> tuple[np.ndarray, np.ndarray
         dz = checks.empty(dy.shape, dy)
         run(f"{name}_backward", (dy, saved, dz), params, ctx.backend, ctx.threads, 3 * dy.nbytes)
     dx, dw = checks.empty(x.shape, x), checks.empty(w.shape, w)
-    db = None if b is None else checks.empty(b.shape, b)
+    db = checks.empty(w.shape[1:], w) if ctx.params["bias"] else None
     size = (x.nbytes + w.nbytes + dy.nbytes) * max(1, min(x.shape[1], 64))
     run("dense_backward_input", (dz, w, dx), {}, ctx.backend, ctx.threads, size)
     run("dense_backward_weights", (x, dz, dw, db), {}, ctx.backend, ctx.threads, size)

@@ -6,27 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from fastdl import checks
+from fastdl import checks, losses
 from fastdl.ops.call import run
 
 
 def _loss(
-    op: str, z: Any, targets: Any, sample_weight: Any, out: Any, backend: str | None, threads: int | None
+    name: str, z: Any, targets: Any, sample_weight: Any, out: Any, backend: str | None, threads: int | None
 ) -> tuple[float, np.ndarray]:
     z = checks.matrix(z, "z")
     if z.shape[0] == 0 or z.shape[1] == 0:
         raise ValueError(f"z: expected at least one row and one column, found shape {z.shape}")
-    dtypes = (np.int64, np.float32) if op == "softmax_cross_entropy" else (np.float32,)
+    loss = losses.KNOWN[name]
+    dtypes = (np.int64, np.float32) if loss.target_kind == "labels" else (np.float32,)
     targets = checks.is_array(targets, "targets", z, dtypes)
-    if op == "softmax_cross_entropy" and targets.ndim == 2:
-        op = "softmax_cross_entropy_onehot"
-    if op == "softmax_cross_entropy":
-        targets = _labels(targets, z.shape)
+    if loss.target_kind == "labels" and targets.ndim != 2:
+        op, targets = loss.op, _labels(targets, z.shape)
     else:
-        targets = checks.matrix(targets, "targets", z)
+        op, targets = loss.onehot_op or loss.op, checks.matrix(targets, "targets", z)
         checks.same_shape(targets, z.shape, "targets", "z")
-        if checks.on_host(targets) and np.isnan(targets).any():
-            raise ValueError("targets: expected numbers, found NaN; drop or fill those rows")
+        if checks.on_host(targets):
+            loss.check_values(targets, targets)
     if sample_weight is not None:
         sample_weight = checks.vector(sample_weight, "sample_weight", z.shape[0], z)
         if checks.on_host(sample_weight):
@@ -86,7 +85,10 @@ def binary_cross_entropy(
     backend: str | None = None,
     threads: int | None = None,
 ) -> tuple[float, np.ndarray]:
-    """Mean over rows and columns of softplus(z) - z t for logits z (N, C) and targets t in [0, 1], and its gradient."""
+    """Mean over rows and columns of softplus(z) - z t for logits z (N, C) and targets t in [0, 1], and its gradient.
+
+    Of an infinite logit the loss is NaN, or inf for z = -inf and t > 0.
+    """
     return _loss("binary_cross_entropy", z, targets, sample_weight, out, backend, threads)
 
 

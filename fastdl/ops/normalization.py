@@ -62,9 +62,10 @@ def batchnorm_forward(
     for name, value in vectors.items():
         vectors[name] = checks.vector(value, name, x.shape[1], x)
     gamma, beta, running_mean, running_var = vectors.values()
+    training = checks.flag(training, "training")
     decay, eps = checks.OLD.check(decay, "decay"), checks.POSITIVE.check(eps, "eps")
     checks.fits(eps, "eps", x.dtype)
-    if activation == "prelu":
+    if isinstance(activation, str) and activation == "prelu":
         info = ACTIVATIONS["prelu"]
         slope = checks.vector(slope, "slope", x.shape[1], x)
     elif slope is not None:
@@ -92,8 +93,10 @@ def batchnorm_forward(
         arrays = (x, gamma, beta, running_mean, running_var, slope, y, mean, inv_std)
         run(op, arrays, {**params, "decay": decay, "eps": eps, **runtime}, backend, threads, size)
         params["training"] = 1
-    saved = {"x": x, "gamma": gamma, "beta": beta, "mean": mean, "inv_std": inv_std, "slope": slope}
-    return y, Context("batchnorm", saved, params, runtime, x.shape, backend, threads)
+    saved = {"x": x, "gamma": gamma, "beta": beta, "slope": slope}
+    ctx = Context("batchnorm", saved, params, runtime, x.shape, backend, threads)
+    ctx.arrays |= {"mean": mean, "inv_std": inv_std}  # nobody else has them
+    return y, ctx
 
 
 def _inverse(mean: Any, var: Any, eps: float) -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ def sgd_step(
 ) -> None:
     """One step of stochastic gradient descent, in place; ``v`` is the velocity that momentum needs."""
     checks.flag(nesterov, "nesterov")
-    if v is None and momentum:
+    if v is None and checks.OPTIMIZER["momentum"].check(momentum, "momentum"):
         raise ValueError("v: momentum needs a velocity array of w's shape, found None")
     arguments = {"momentum": momentum, "nesterov": int(nesterov), "l2": l2, "weight_decay": weight_decay, "lr": lr}
     _sweep("sgd_step", {"w": w, "g": g, "v": v}, arguments, backend, threads)

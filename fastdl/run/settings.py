@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +53,9 @@ class Settings:
         BackendUnavailable
             When the back end cannot run here; the message says why.
         """
-        dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: unknown {dtype!r}, known: {', '.join(DTYPES)}")
-        if threads != "auto":
+        dtype = _dtype(dtype)
+        fuse = checks.flag(fuse, "fuse")
+        if not config.is_auto(threads):
             threads = config.check_threads(threads)
         config.check_backend(backend)
         if backend != "auto" and (state := dispatch.load(backend)) != "available":
@@ -63,9 +63,20 @@ class Settings:
         if why := cannot_run(dtype, backend):
             raise BackendUnavailable(f"dtype {dtype!r} cannot run here: {why}; use 'float32'")
         chosen, rule = None if loss is None else losses.get(loss), optimizers.get(optimizer)
-        settings = cls(backend, threads, dtype, bool(fuse), chosen, rule, note)
+        settings = cls(backend, threads, dtype, fuse, chosen, rule, note)
         checks.settings_fit(rule, np.dtype(settings.float))
         return settings
+
+
+def _dtype(value: object) -> str:
+    """The name of a float type, in whatever way NumPy has it."""
+    name = value
+    if isinstance(value, type | np.dtype):
+        with contextlib.suppress(TypeError):
+            name = np.dtype(value).name
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype: unknown {name!r}, known: {', '.join(DTYPES)}")
+    return name
 
 
 def cannot_run(dtype: str, backend: str) -> str | None:

@@ -82,7 +82,8 @@ cdef int64_t most_columns(int64_t activation) noexcept nogil:
 cdef int64_t block_width(const fd_call* c, int arrays, int64_t most, int threads) noexcept nogil:
     """Columns of a block: a panel where one of the first so many arrays has panels.
 
-    They do not enter any result, so they may depend on the number of threads.
+    They do not enter any result, so they may depend on the number of threads. At least a panel, of no columns too: the
+    blocks are counted by a division.
     """
     cdef int64_t share
     cdef int k
@@ -90,7 +91,7 @@ cdef int64_t block_width(const fd_call* c, int arrays, int64_t most, int threads
         if c.a[k].data != NULL and not fd_is_plain(&c.a[k]):
             return FD_PANEL
     share = (c.a[0].cols + threads - 1) // threads
-    return min(most, (share + FD_PANEL - 1) // FD_PANEL * FD_PANEL)
+    return min(most, max(1, (share + FD_PANEL - 1) // FD_PANEL) * FD_PANEL)
 
 
 cdef void set_activation(fd_batchnorm_block* k, int64_t index, double alpha) noexcept nogil:

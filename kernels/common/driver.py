@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -221,10 +220,10 @@ class Driver:
         """cuBLASLt, where it is present: ``has(product)`` says what it can do."""
         from fastdl.kernels.dense import cublaslt
 
+        tf32 = cublaslt.switch("FASTDL_TF32", False)
         if cublaslt.missing():
             return None
         self._enter()
-        tf32 = os.environ.get("FASTDL_TF32", "0") == "1"
         return cublaslt.Library(self.allocate(WORKSPACE), WORKSPACE, tf32=tf32)
 
     def prepare(self, launch: Launch | Product) -> None:

@@ -71,9 +71,17 @@ class Heuristic(ctypes.Structure):
 
 
 # ---------------------------------------------------------------------------------------------- the library
+def switch(name: str, default: bool) -> bool:
+    """An environment variable that is 0 or 1; an empty one is as good as none."""
+    text = os.environ.get(name) or str(int(default))
+    if text not in ("0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, found {text[:40]!r}; set one of them or unset it")
+    return text == "1"
+
+
 def missing() -> str | None:
     """Why the library is not used, or None."""
-    if os.environ.get("FASTDL_CUBLASLT", "1") == "0":
+    if not switch("FASTDL_CUBLASLT", True):
         return "switched off by FASTDL_CUBLASLT=0"
     return None if _found() else "libcublasLt was not found; run `pip install 'fastdl-kernels[cublas]'`"
 

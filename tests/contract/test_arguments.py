@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastdl as fd
-from fastdl import ops
+from fastdl import losses, ops
 from fastdl.errors import BackendUnavailable
 from fastdl.kernels.activations.reference import ACTIVATIONS
 
@@ -163,6 +163,8 @@ def test_batchnorm_vectors():
     refuses(lambda: batchnorm(x, eps=0.0), ValueError, ["eps", "positive", "0.0"])
     refuses(lambda: batchnorm(x, slope=ones(4)), ValueError, ["slope", "prelu"])
     refuses(lambda: batchnorm(x, activation="prelu"), TypeError, ["slope", "NoneType"])
+    for training in ("no", 1, None, np.ones(2)):
+        refuses(lambda t=training: batchnorm(x, training=t), ValueError, ["training", "True or False", repr(training)])
 
 
 # ---------------------------------------------------------------------------------------------- out=
@@ -312,9 +314,11 @@ def test_labels():
 @pytest.mark.parametrize("function", [ops.softmax_cross_entropy, ops.binary_cross_entropy, ops.mse])
 def test_targets_and_weights(function):
     z, t, out = ones(3, 4), ones(3, 4), np.full((3, 4), 7, F4)
-    with_nan = t.copy()
-    with_nan[1, 2] = np.nan
-    refuses(lambda: function(z, with_nan, out=out), ValueError, ["targets", "NaN"], [z, out])
+    for bad in (np.nan, np.inf, -np.inf):
+        not_finite = t.copy()
+        not_finite[1, 2] = bad
+        words = [function.__name__, "finite targets", f"found {bad} at [1, 2]"]
+        refuses(lambda y=not_finite: function(z, y, out=out), ValueError, words, [z, out])
     for weight, kind, words in (
         (ones(4), ValueError, ["sample_weight", "(3,)", "(4,)"]),
         (ones(3, 1), ValueError, ["sample_weight", "(3,)", "(3, 1)"]),
@@ -324,6 +328,37 @@ def test_targets_and_weights(function):
         (np.zeros(3, F4), ValueError, ["sample_weight", "positive sum"]),
     ):
         refuses(lambda weight=weight: function(z, t, weight, out=out), kind, words, [z, t, out])
+
+
+@pytest.mark.parametrize("bad", [-0.5, 1.5, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", losses.KNOWN)
+def test_targets_as_fit_refuses_them(name, bad):
+    """In its words; what `fit` takes goes through."""
+    z, t, out = ones(3, 4), np.full((3, 4), 0.25, F4), np.full((3, 4), 7, F4)
+    t[2, 1] = bad
+    try:
+        losses.get(name).check_targets(t, 4)
+    except ValueError as error:
+        refuses(lambda: getattr(ops, name)(z, t, out=out), ValueError, [str(error)], [z, out])
+    else:
+        assert np.isfinite(getattr(ops, name)(z, t, out=out)[0])
+
+
+@pytest.mark.parametrize("dtype", [F4, F8])
+def test_binary_cross_entropy_of_infinite_logits(dtype, backend):
+    """As the formula has it in IEEE arithmetic; the gradient is that of the limit."""
+    for z, t, loss, slope in (
+        (np.inf, 0.0, np.nan, 1.0),
+        (np.inf, 0.5, np.nan, 0.5),
+        (np.inf, 1.0, np.nan, 0.0),
+        (-np.inf, 0.0, np.nan, 0.0),
+        (-np.inf, 0.5, np.inf, -0.5),
+        (-np.inf, 1.0, np.inf, -1.0),
+    ):
+        with np.errstate(all="ignore"):
+            value, dz = ops.binary_cross_entropy(np.array([[z]], dtype), np.array([[t]], dtype), backend=backend)
+        np.testing.assert_equal(value, loss)
+        assert dz.item() == slope
 
 
 # ---------------------------------------------------------------------------------------------- optimisers
