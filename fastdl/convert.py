@@ -113,7 +113,7 @@ def _array(value: Any, name: str, advice: str) -> np.ndarray:
         return _column(value, name, advice)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         raise TypeError(f"{name}: expected an array of numbers, found {_unreadable(value, name, error)}") from error
     if array.dtype.kind not in NUMBERS and array.ndim == 2 and is_frame(value):
         return _from_frame(value, name, advice)
